@@ -1,0 +1,66 @@
+"""python -m attn_impls: what the suite can do without running anything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from .harness import environment, journal, summary
+from .presets import PRESETS
+from .registry import discover
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m attn_impls", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("journal", help="turn the journal of a run that did not finish into pytest-benchmark's JSON")
+    command.add_argument("journal", metavar="JOURNAL.jsonl")
+    command.add_argument("-o", "--output", required=True, metavar="RUN.json")
+    command = commands.add_parser("show", help="print the table of a saved run")
+    command.add_argument("run", metavar="RUN.json")
+    commands.add_parser("list", help="list the presets and the implementations")
+    given = parser.parse_args(arguments)
+    try:
+        {"journal": _journal, "show": _show, "list": _list}[given.command](given)
+    except (ValueError, OSError) as error:
+        print(f"python -m attn_impls {given.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _journal(given: argparse.Namespace) -> None:
+    document = journal.read(given.journal)
+    journal.write_json(given.output, document)
+    print(f"{len(document['benchmarks'])} finished cases: {given.output}")
+
+
+def _show(given: argparse.Namespace) -> None:
+    text = Path(given.run).read_text(encoding="utf-8")
+    try:
+        document = json.loads(text)
+        ours = [benchmark for benchmark in document["benchmarks"] if "workload" in benchmark["extra_info"]]
+        machine = environment.describe(document["machine_info"], {})
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{given.run!r} is not a JSON file of pytest-benchmark") from None
+    if not ours:
+        raise ValueError(f"{given.run!r} holds no result of this suite")
+    for line in summary.render(ours, {}, machine, shutil.get_terminal_size().columns):
+        print(line.text)
+
+
+def _list(given: argparse.Namespace) -> None:  # noqa: ARG001  (the commands share a signature)
+    print("presets")
+    for name, (identity, source) in PRESETS.items():
+        print(f"  {name:<20} {identity:<40} {source}")
+    print("implementations")
+    for implementation in discover().values():
+        reason = "" if not implementation.dists or implementation.dist else implementation.unavailable(implementation.devices[0])
+        library = f"{implementation.dist or 'torch'} {implementation.version}".strip()
+        print(f"  {implementation.name:<20} {reason or library}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

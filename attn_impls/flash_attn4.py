@@ -1,0 +1,22 @@
+"""FlashAttention-4 (CuTe DSL; Hopper and Blackwell). https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute"""
+
+import torch
+
+from attn_impls import Unsupported, Workload, attention
+
+
+@attention("flash_attn4", dist="flash-attn-4", layout="bshd", devices=("cuda",), install="pip install --pre flash-attn-4")
+def flash_attn4(w: Workload):
+    from flash_attn.cute import flash_attn_func
+
+    if w.dtype == torch.float32:
+        raise Unsupported("FlashAttention-4 takes fp16 and bf16 only")
+    if torch.cuda.get_device_capability()[0] < 9:
+        raise Unsupported("FlashAttention-4 runs on Hopper (sm_90) and newer")
+    window = (w.window - 1, 0) if w.window else (None, None)
+
+    def kernel(q, k, v):
+        out = flash_attn_func(q, k, v, softmax_scale=w.scale, causal=w.causal, window_size=window, softcap=w.softcap)
+        return out[0] if isinstance(out, tuple) else out
+
+    return kernel

@@ -1,0 +1,29 @@
+"""torch flex_attention, compiled, the mask as a BlockMask built beforehand (He et al., 2024, arXiv 2412.05496)."""
+
+import shutil
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from attn_impls import Unsupported, Workload, attention
+
+
+@attention("flex")
+def flex(w: Workload):
+    device = torch.get_default_device()
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise Unsupported("torch.compile on a CPU needs a C++ compiler, and there is none on PATH")
+    offset, window, cap = w.offset, w.window, w.softcap
+
+    def sees(b, h, i, j):
+        visible = j <= i + offset
+        return visible & (j > i + offset - window) if window else visible
+
+    def capped(score, b, h, i, j):
+        return torch.tanh(score / cap) * cap
+
+    mask = create_block_mask(sees, None, None, w.q_len, w.kv_len, device=device) if w.causal else None
+    torch._dynamo.reset()
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    score_mod, gqa = capped if cap else None, w.group > 1
+    return lambda q, k, v: attend(q, k, v, score_mod=score_mod, block_mask=mask, scale=w.scale, enable_gqa=gqa)

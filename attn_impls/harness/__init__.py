@@ -1,0 +1,1 @@
+"""What judges the implementations: inputs, oracle, clock, limits, environment, journal, summary."""

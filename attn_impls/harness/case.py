@@ -1,0 +1,136 @@
+"""One implementation on one workload: building its kernel, calling it, and turning whatever goes wrong into one message."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..registry import Implementation, Kernel, Unsupported, one_line
+from ..workload import Workload
+from .inputs import Inputs
+
+HARNESS = Path(__file__).parent
+
+
+class CaseFailed(Exception):
+    """This case failed, with a message that a person can act on. Carries no frames, so tensors die with their case."""
+
+
+class Broken(CaseFailed):
+    """The library is installed and does not work: every case of this implementation fails alike."""
+
+
+class DeviceLost(CaseFailed):
+    """A sticky CUDA error: nothing can run on this device in this process any more."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An implementation on a workload, on a type of device."""
+
+    workload: Workload
+    implementation: Implementation
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}-{self.implementation.name}"
+
+
+def build(case: Case, inputs: Inputs) -> tuple[Kernel, float]:
+    """The case's kernel, and the seconds that the builder and the kernel's first call took (compilation included).
+
+    Raises Unsupported where the builder predicts it cannot do the workload, CaseFailed otherwise.
+    """
+    started = time.perf_counter()
+    with guard(case, "builder"), torch.device(case.device):
+        kernel = case.implementation(case.workload)
+    if not callable(kernel):
+        raise CaseFailed(f"{case.implementation.name}: its builder returned {kernel!r}, not a kernel(q, k, v)")
+    call(case, kernel, inputs)
+    return kernel, time.perf_counter() - started
+
+
+def call(case: Case, kernel: Kernel, inputs: Inputs) -> torch.Tensor:
+    """One synchronised call of the kernel on tensors in its layout. Raises CaseFailed on anything but a fit output."""
+    with guard(case, "kernel"):
+        out = kernel(*inputs)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+    validate(case, out)
+    return out
+
+
+def validate(case: Case, out: object) -> None:
+    """Raise CaseFailed unless `out` has q's layout and the workload's shape, dtype and device."""
+    name, w = case.implementation.name, case.workload
+    if not isinstance(out, torch.Tensor):
+        raise CaseFailed(f"{name} returned {type(out).__name__}, not a tensor")
+    expected = (w.shapes(case.implementation.layout)["out"], w.dtype, case.device)
+    found = (tuple(out.shape), out.dtype, out.device.type)
+    for what, want, got in zip(("shape", "dtype", "device"), expected, found, strict=True):
+        if want != got:
+            raise CaseFailed(f"{name} returned {what} {got}, expected {want} (layout {case.implementation.layout!r})")
+
+
+@contextlib.contextmanager
+def guard(case: Case, stage: str) -> Iterator[None]:
+    """Turn an exception of the implementation into CaseFailed, with its memory freed."""
+    try:
+        yield
+    except CaseFailed:
+        raise
+    except Unsupported:
+        if stage == "builder":
+            raise
+        failure: CaseFailed = CaseFailed(f"{case.implementation.name}: only a builder may raise Unsupported, not a kernel")
+    except (Exception, SystemExit) as error:
+        failure = _failure(case, stage, error)
+        traceback.clear_frames(error.__traceback__)
+    else:
+        return
+    release(case.device, failure)
+    raise failure
+
+
+def release(device: str, failure: CaseFailed | None = None) -> None:
+    """Give the memory of a finished case back to the device."""
+    gc.collect()
+    if device == "cuda" and not isinstance(failure, DeviceLost):
+        torch.cuda.empty_cache()
+
+
+def _failure(case: Case, stage: str, error: BaseException) -> CaseFailed:
+    implementation = case.implementation
+    if isinstance(error, torch.OutOfMemoryError):
+        return CaseFailed(f"{implementation.name} ran out of memory in its {stage}: {one_line(error)}")
+    where = "".join(traceback.format_list(_own_frames(error)))
+    if case.device == "cuda" and _device_lost():
+        return DeviceLost(f"{implementation.name} broke the CUDA context in its {stage}: {one_line(error)}\n{where}")
+    if stage == "builder" and implementation.dists and isinstance(error, (ImportError, OSError, AttributeError)):
+        library = f"{implementation.dist} {implementation.version}"
+        return Broken(
+            f"{implementation.name} is installed but broken ({library}): {one_line(error)}\n{where}"
+            f"reinstall it ({implementation.install}), or leave it out with --impl"
+        )
+    return CaseFailed(f"{implementation.name} raised in its {stage}: {one_line(error)}\n{where}{error}")
+
+
+def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames below this package's machinery: the implementation's own and its library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if Path(frame.filename).parent != HARNESS and "contextlib" not in frame.filename][-6:]
+
+
+def _device_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False

@@ -1,0 +1,189 @@
+"""Clocks for pytest-benchmark that only the measured kernel advances: device time on a GPU, wall time on a CPU.
+
+The device clock brackets one launch with two events while a spin kernel keeps the GPU busy, so that the host's enqueue
+time hides behind the spin; `start.query()` proves that it did. See "Timing" in README.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+LEAD_CYCLES = 20_000  # keeps the GPU busy while the event before the measured spin is recorded
+FIRST_CYCLES = 200_000  # about 0.1 ms
+MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device itself
+CPU_ROUND_SECONDS = 1e-3
+
+
+class Sample(NamedTuple):
+    seconds: float  # of one call, the bracket's overhead taken off
+    host_seconds: float  # what one enqueue costs the CPU
+    sm_mhz: float  # SM clock during the spin before the call; nan on a CPU
+    late: bool  # the device was idle before the call was enqueued: this measured the host
+
+
+@dataclass
+class Subject:
+    """Something to time: a call without arguments, how often to loop it a round, and the samples so far."""
+
+    call: Callable[[], Any]
+    loops: int = 1
+    samples: list[Sample] = field(default_factory=list)
+
+
+class Event(Protocol):
+    def record(self) -> None: ...
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Any) -> float: ...
+
+
+class Driver(Protocol):
+    """What the device clock needs of a device; a fake one stands in for a GPU in tests."""
+
+    def flush(self) -> object: ...
+    def spin(self, cycles: int, /) -> None: ...
+    def synchronize(self) -> None: ...
+    def event(self) -> Event: ...
+    def host_time(self) -> float: ...
+
+
+class CudaDriver:
+    """The current CUDA device. Holds a buffer of twice its L2, overwritten to make the L2 cold."""
+
+    def __init__(self) -> None:
+        l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.buffer = torch.empty(2 * l2, dtype=torch.int8, device="cuda")
+
+    def flush(self) -> None:
+        self.buffer.zero_()
+
+    def spin(self, cycles: int, /) -> None:
+        # private, but the only kernel in torch that busy-waits for a number of SM cycles (torch's own tests use it)
+        torch.cuda._sleep(cycles)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def host_time(self) -> float:
+        return time.perf_counter()
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+
+def alone(seconds: float, late: bool) -> tuple[float, bool]:
+    """What one process decides about its round; ranks that time together pass a function that takes the maximum."""
+    return seconds, late
+
+
+class DeviceClock:
+    """A timer in seconds that `sample` advances by device time alone."""
+
+    cold_l2 = True
+    timer = "device"
+
+    def __init__(self, driver: Driver, overhead: float = 0.0, agree: Callable[[float, bool], tuple[float, bool]] = alone):
+        self.driver, self.overhead, self.agree = driver, overhead, agree
+        self.now = 0.0
+        self.cycles = FIRST_CYCLES
+        self.retries = 0
+        self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def prepare(self) -> None:
+        """Make the L2 cold, wait for the device, then let it spin while the caller enqueues."""
+        self.driver.flush()
+        self.driver.synchronize()
+        self.driver.spin(LEAD_CYCLES)
+        self._before.record()
+        self.driver.spin(self.cycles)
+
+    def sample(self, subject: Subject) -> Sample:
+        """Time one call; `prepare` comes right before. A late round is measured again behind a longer spin."""
+        while True:
+            spun = self.cycles
+            self._start.record()
+            enqueued = self.driver.host_time()
+            subject.call()
+            host = self.driver.host_time() - enqueued
+            self._stop.record()
+            late = self._start.query()
+            self._stop.synchronize()
+            seconds, late = self.agree(self._start.elapsed_time(self._stop) * 1e-3 - self.overhead, late)
+            if not late or spun >= MAX_CYCLES:
+                break
+            self.cycles = min(2 * spun, MAX_CYCLES)
+            self.retries += 1
+            self.prepare()
+        sample = Sample(seconds, host, spun / (self._before.elapsed_time(self._start) * 1e3), late)
+        subject.samples.append(sample)
+        self.now += seconds
+        return sample
+
+
+class HostClock:
+    """A timer in seconds for kernels that run on the CPU: wall time of a loop, divided by its length."""
+
+    cold_l2 = False
+    timer = "host"
+    overhead = 0.0
+    retries = 0
+
+    def __init__(self, host_time: Callable[[], float] = time.perf_counter):
+        self.now = 0.0
+        self.host_time = host_time
+
+    def __call__(self) -> float:
+        return self.now
+
+    def prepare(self) -> None:
+        pass
+
+    def sample(self, subject: Subject) -> Sample:
+        """Time `subject.loops` calls; the clock advances by one call's share."""
+        loops, call = range(subject.loops), subject.call
+        start = self.host_time()
+        for _ in loops:
+            call()
+        seconds = (self.host_time() - start) / subject.loops
+        sample = Sample(seconds, seconds, float("nan"), False)
+        subject.samples.append(sample)
+        self.now += seconds
+        return sample
+
+
+Clock = DeviceClock | HostClock
+
+
+def median_seconds(clock: Clock, call: Callable[[], Any], rounds: int, warmup: int = 3) -> float:
+    """Median time of a call, for calibration and ceilings."""
+    subject = Subject(call)
+    for _ in range(warmup + rounds):
+        clock.prepare()
+        clock.sample(subject)
+    return statistics.median(sample.seconds for sample in subject.samples[warmup:])
+
+
+class Overhead(NamedTuple):
+    """What the two events of a bracket add to the kernel between them."""
+
+    seconds: float
+    source: str
+
+
+def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overhead:
+    """The bracket's own time: around an empty spin, minus that kernel's duration as the profiler gives it."""
+    clock = DeviceClock(driver)
+    bracket = median_seconds(clock, lambda: driver.spin(0), rounds=50, warmup=10)
+    kernel = spin_seconds()
+    if kernel is None:
+        return Overhead(median_seconds(clock, lambda: None, rounds=50), "empty bracket: the profiler gave no kernel times")
+    return Overhead(max(0.0, bracket - kernel), "bracket around an empty spin, minus that kernel in CUPTI")

@@ -1,0 +1,68 @@
+"""Results that survive: each finished case is appended and flushed at once, and a journal becomes pytest-benchmark JSON.
+
+A journal is JSON lines: first {"header": everything of the JSON but the benchmarks}, then one benchmark a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+KEEP = 20  # journals in the folder
+
+
+class Journal:
+    """One run's journal. The file is created with the first finished case."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path: Path | None = None
+        self.finished = 0
+
+    def add(self, header: dict[str, Any], benchmark: dict[str, Any]) -> None:
+        """Append one case (pytest-benchmark's dict of it) and hand it to the disk."""
+        lines = [benchmark]
+        if self.path is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in sorted(self.folder.glob("*.jsonl"))[: -KEEP + 1]:
+                old.unlink(missing_ok=True)
+            self.path = self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}.jsonl"
+            lines.insert(0, {"header": header})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished += 1
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A journal as the JSON document pytest-benchmark would have written. Raises ValueError with one line."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"journal {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(path)!r} is not a journal of this suite: it is not text") from None
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:  # a kill may cut the last line, and only that
+                raise ValueError(f"{str(path)!r} is not a journal of this suite: line {number + 1} is not JSON") from None
+    if not records or not isinstance(records[0], dict) or "header" not in records[0]:
+        raise ValueError(f"{str(path)!r} is not a journal of this suite: its first line has no header")
+    return {**records[0]["header"], "benchmarks": records[1:]}
+
+
+def write_json(path: str | Path, document: dict[str, Any]) -> None:
+    """Write the document whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(document, indent=4, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,141 @@
+"""Timing one case through benchmark.pedantic: rounds paired with SDPA, and everything that is recorded beside the time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from .clock import CPU_ROUND_SECONDS, Clock, Sample, Subject
+
+ROUND_BUDGET_SECONDS = 2.0
+MAX_ROUNDS, MIN_ROUNDS = 100, 20
+WARMUP_SECONDS = 0.2
+MIN_WARMUP, MAX_WARMUP = 3, 10
+THROTTLED = 0.95  # p5 of the SM clock below this share of its median
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The samples of one case, and of the SDPA baseline measured in the same rounds (None where there is none)."""
+
+    samples: list[Sample]
+    baseline: list[Sample] | None
+    retries: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(sample.seconds for sample in self.samples)
+
+
+def run(
+    benchmark: Any,
+    clock: Clock,
+    call: Callable[[], Any],
+    baseline: Callable[[], Any] | None,
+    rounds: int | None = None,
+    warmup_rounds: int | None = None,
+) -> Timing:
+    """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones."""
+    subject, other = Subject(call), Subject(baseline) if baseline else None
+    planned, warmup = _plan(clock, subject, other)
+    rounds = rounds or planned
+    warmup = warmup if warmup_rounds is None else warmup_rounds
+    count = 0
+
+    def measure_baseline() -> None:
+        if other:
+            clock.prepare()
+            clock.sample(other)
+
+    def before() -> None:
+        if count % 2 == 0:
+            measure_baseline()
+        clock.prepare()
+
+    def after() -> None:
+        nonlocal count
+        if count % 2:
+            measure_baseline()
+        count += 1
+
+    retries = clock.retries
+    try:
+        benchmark.pedantic(partial(clock.sample, subject), setup=before, teardown=after, rounds=rounds, warmup_rounds=warmup)
+    except BaseException:  # pytest-benchmark would save the rounds before a Ctrl-C as if they were all
+        benchmark.has_error = True
+        raise
+    return Timing(subject.samples[-rounds:], other.samples[-rounds:] if other else None, clock.retries - retries)
+
+
+def _plan(clock: Clock, subject: Subject, other: Subject | None) -> tuple[int, int]:
+    """Rounds and warm-up rounds for the time there is, after setting how often a CPU round loops its call."""
+    subjects = [s for s in (subject, other) if s]
+    for _ in range(2):
+        started = time.perf_counter()
+        for s in subjects:
+            clock.prepare()
+            sample = clock.sample(s)
+            if clock.timer == "host":
+                s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(sample.seconds, 1e-9)))
+        a_round = time.perf_counter() - started
+    a_round = max(a_round, CPU_ROUND_SECONDS * len(subjects)) if clock.timer == "host" else a_round
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(ROUND_BUDGET_SECONDS / a_round)))
+    warmup = max(MIN_WARMUP, math.ceil(WARMUP_SECONDS / a_round))
+    return rounds, warmup if clock.timer == "host" else min(warmup, MAX_WARMUP)
+
+
+def paired_ratio(timing: Timing) -> tuple[float, float, float] | None:
+    """t_baseline / t_case: the median of the rounds' ratios, and its 95 % interval from the ratios' order statistics."""
+    if not timing.baseline:
+        return None
+    pairs = zip(timing.baseline, timing.samples, strict=True)
+    ratios = sorted(base.seconds / sample.seconds for base, sample in pairs if sample.seconds > 0)
+    if not ratios:
+        return None
+    n = len(ratios)
+    low = max(0, math.floor(n / 2 - 1.96 * math.sqrt(n) / 2) - 1)
+    return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
+
+
+def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
+    """The flat extra_info that the samples themselves give."""
+    samples = timing.samples
+    mhz = sorted(sample.sm_mhz for sample in samples)
+    clocked = not math.isnan(mhz[0])
+    median_mhz, p5_mhz = statistics.median(mhz), mhz[len(mhz) // 20]
+    ratio = paired_ratio(timing)
+    return {
+        "timer": clock.timer,
+        "host_us": statistics.median(sample.host_seconds for sample in samples) * 1e6,
+        "overhead_us": clock.overhead * 1e6,
+        "raw_median_us": (timing.median + clock.overhead) * 1e6,
+        "host_bound": sum(sample.late for sample in samples) > len(samples) / 2,
+        "late_rounds": sum(sample.late for sample in samples),
+        "remeasured_rounds": timing.retries,
+        "cold_l2": clock.cold_l2,
+        "sm_mhz_median": median_mhz if clocked else None,
+        "sm_mhz_p5": p5_mhz if clocked else None,
+        "sm_clock_unsteady": clocked and p5_mhz < THROTTLED * median_mhz,
+        "vs_sdpa": ratio and ratio[0],
+        "vs_sdpa_ci_low": ratio and ratio[1],
+        "vs_sdpa_ci_high": ratio and ratio[2],
+    }
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """The most memory one call holds beyond its inputs, the output included; None on a CPU, where nothing counts it."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

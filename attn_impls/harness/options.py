@@ -1,0 +1,109 @@
+"""The suite's command line: one table of options, each also an ini key of the same name (dashes as underscores)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+GROUP = "attention"
+
+
+class Option(NamedTuple):
+    flag: str
+    metavar: str
+    help: str
+    default: Any = None
+    convert: Callable[[str], Any] | None = None  # None: a list; the option can be repeated and takes comma lists
+
+    @property
+    def name(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
+EXPECTED = {
+    positive: "a whole number above 0",
+    natural: "a whole number, 0 or more",
+    seconds: "a number of seconds above 0",
+    str: "a word",
+}
+
+OPTIONS = (
+    Option(
+        "--workload",
+        "NAME-OR-ID",
+        "workload to run: a preset's name, a glob over the names, or an id such as b1-h32-s8192-d128-bf16",
+    ),
+    Option("--batch-size", "N", "override the batch size of the selected workloads (of 'seed', if none is)"),
+    Option("--seq-len", "N", "override the query length; the KV length follows where it was the same"),
+    Option("--kv-len", "N", "override the KV length"),
+    Option("--embed-dim", "N", "set heads x head dim: alone or with --num-heads it sets the head dim, with --head-dim the heads"),
+    Option("--num-heads", "N", "override the query heads; the KV heads follow where they were the same"),
+    Option("--num-kv-heads", "N", "override the KV heads"),
+    Option("--head-dim", "N", "override the head dim"),
+    Option("--dtype", "NAME", "override the dtype: bf16, fp16, fp32"),
+    Option("--mask", "NAME", "override the mask: full, causal"),
+    Option("--impl", "NAME|FILE.py", "implementation to run: a registered name, or a Python file that registers some"),
+    Option("--require-impl", "NAME", "implementation that must be able to run here: where it cannot, its cases fail"),
+    Option("--rounds", "N", "timed rounds of a case (default: 100, fewer to fit 2 s, at least 20)", None, positive),
+    Option("--warmup-rounds", "N", "untimed rounds before them (default: 3 to 10 on a GPU, 200 ms on a CPU)", None, natural),
+    Option("--device", "NAME", "auto, cuda or cpu (default: auto, cuda where there is one)", "auto", str),
+    Option("--seed", "N", "seed of the inputs (default: 0)", 0, natural),
+    Option("--case-timeout", "SECONDS", "end the run, naming the case, if one takes longer (default: 300)", 300.0, seconds),
+)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    group = parser.getgroup(GROUP, "attention comparison")
+    for option in OPTIONS:
+        repeated = option.convert is None
+        note = " (repeatable; comma lists)" if repeated else ""
+        group.addoption(
+            option.flag,
+            dest=option.name,
+            metavar=option.metavar,
+            action="append" if repeated else "store",
+            help=option.help + note,
+        )
+        parser.addini(option.name, option.help, type="args" if repeated else "string", default=[] if repeated else None)
+
+
+def read_options(config: pytest.Config) -> dict[str, Any]:
+    """The value of every option: the command line's, else the ini file's, else the default. Raises pytest.UsageError."""
+    return {option.name: _value(config, option) for option in OPTIONS}
+
+
+def _value(config: pytest.Config, option: Option) -> Any:
+    given = config.getoption(option.name)
+    if given is None:
+        given = config.getini(option.name)
+    if option.convert is None:
+        return [word.strip() for text in given or [] for word in text.split(",") if word.strip()]
+    if given in (None, ""):
+        return option.default
+    try:
+        return option.convert(given)
+    except ValueError:
+        raise pytest.UsageError(f"{option.flag} {given!r}: give {EXPECTED[option.convert]}") from None

@@ -1,0 +1,108 @@
+"""The judge of outputs: attention in float64, and how much error the workload's own dtype excuses, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..workload import Workload
+from .inputs import Inputs
+
+# (query, key) pairs computed exactly, over batch and heads; beyond that, sampled query rows
+MAX_PAIRS = {"cuda": 2**32, "cpu": 2**25}
+CHUNK_BYTES = 2**30
+# A row may err by this multiple of max(the plain row's error, its RMS over rows, one unit roundoff). In bf16, honest
+# variants that round elsewhere reach 2.2 of that, a scale wrong by 2 % at least 9.
+TOLERANCE = 3.0
+PLAIN = ("scores", "inputs")  # the plain ways: scale the scores, or scale q and k by its root as SDPA's math path does
+
+
+@dataclass
+class Reference:
+    """The right answer for one set of inputs, on all query rows or on a sample of them.
+
+    out [B, H, R, DV] float64; norm and budget [B, H, R]: a row's size, and the relative error it may have.
+    """
+
+    rows: torch.Tensor | None
+    out: torch.Tensor
+    norm: torch.Tensor
+    budget: torch.Tensor
+
+    def select(self, out: torch.Tensor) -> torch.Tensor:
+        """The rows of an output [B, H, Sq, DV] that this reference knows, in float64."""
+        return (out if self.rows is None else out[:, :, self.rows]).double()
+
+    def error(self, out: torch.Tensor) -> torch.Tensor:
+        """Relative error of each row, [B, H, R]: ‖out − reference‖ / ‖reference‖."""
+        return (self.select(out) - self.out).norm(dim=-1) / self.norm
+
+    def over_budget(self, out: torch.Tensor) -> float:
+        """The worst row's error as a multiple of its budget: 1 or less passes. NaN and infinity give infinity."""
+        return _worst(self.error(out) / self.budget)
+
+    def rms_over_budget(self, out: torch.Tensor) -> float:
+        return float((self.error(out) / self.budget).square().mean().sqrt())
+
+    def apart(self, one: torch.Tensor, other: torch.Tensor) -> float:
+        """The worst row's distance between two outputs, as a multiple of the sum of their budgets."""
+        distance = (self.select(one) - self.select(other)).norm(dim=-1) / self.norm
+        return _worst(distance / (2 * self.budget))
+
+
+def reference(w: Workload, inputs: Inputs, seed: int = 0) -> Reference:
+    """Compute the oracle and the budget for some inputs, on the inputs' device."""
+    rows = sample_rows(w, inputs.q.device.type, seed)
+    out = attend(w, inputs, rows, torch.float64)
+    norm = out.norm(dim=-1)
+    # a row that sees no key has the answer 0: judge it against the size of the others
+    norm = torch.where(norm > 0, norm, norm[norm > 0].mean() if bool((norm > 0).any()) else torch.ones_like(norm))
+    errors = [(attend(w, inputs, rows, w.dtype, scaled).double() - out).norm(dim=-1) / norm for scaled in PLAIN]
+    error = torch.maximum(*errors)
+    floor = max(float(error.square().mean().sqrt()), torch.finfo(w.dtype).eps / 2)
+    return Reference(rows, out, norm, TOLERANCE * error.clamp(min=floor))
+
+
+def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
+    """Attention written plainly in a dtype, for all query rows or some, [B, H, R, DV]. Rows that see no key are 0."""
+    q = inputs.q if rows is None else inputs.q[:, :, rows]
+    length = q.shape[2]
+    q = q.reshape(w.batch * w.kv_heads, w.group, length, w.head_dim)
+    k, v = (t.flatten(0, 1) for t in (inputs.k, inputs.v))  # [B·KV, Skv, D]
+    mask = w.mask(q.device, rows)
+    hidden = None if mask is None else ~mask
+    out = torch.empty(w.batch * w.kv_heads, w.group, length, w.v_head_dim, dtype=dtype, device=q.device)
+    step = max(1, CHUNK_BYTES // (w.group * length * w.kv_len * 8))
+    before, after = (1.0, w.scale) if scaled == "scores" else (w.scale**0.5, 1.0)
+    for first in range(0, len(q), step):
+        chunk = slice(first, first + step)
+        keys = k[chunk, None].to(dtype) * before
+        scores = (q[chunk].to(dtype) * before) @ keys.transpose(-2, -1) * after  # [n, G, R, Skv]
+        if w.softcap:
+            scores = torch.tanh(scores / w.softcap) * w.softcap
+        if hidden is not None:
+            scores.masked_fill_(hidden, float("-inf"))
+        weights = torch.softmax(scores, -1)
+        if w.blind_rows:
+            weights = weights.nan_to_num_(0.0)
+        out[chunk] = weights @ v[chunk, None].to(dtype)
+    return out.reshape(w.batch, w.heads, length, w.v_head_dim)
+
+
+def sample_rows(w: Workload, device: str, seed: int) -> torch.Tensor | None:
+    """None where every row fits; else first and last rows, both sides of tile edges, and random ones, sorted."""
+    fit = MAX_PAIRS[device] // (w.batch * w.heads * w.kv_len)
+    if w.q_len <= max(fit, 128):
+        return None
+    fit = max(fit, 128)
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.arange(64, w.q_len, 64)
+    edges = edges[torch.randperm(len(edges), generator=generator)[: fit // 4]]
+    ends = torch.tensor([0, 1, w.q_len - 2, w.q_len - 1])
+    random = torch.randperm(w.q_len, generator=generator)[: fit - 2 * len(edges) - len(ends)]
+    return torch.cat([ends, edges - 1, edges, random]).unique().to(device)
+
+
+def _worst(ratio: torch.Tensor) -> float:
+    return float(ratio.max()) if bool(ratio.isfinite().all()) else float("inf")

@@ -1,0 +1,179 @@
+"""What pytest's hooks do, called by conftest.py: the run's setup, its tests, its reports and its summary."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from . import environment, journal, options, selection, summary, workers
+from .session import Session
+from .watchdog import Watchdog
+
+SESSION: pytest.StashKey[Session] = pytest.StashKey()
+WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
+
+
+def configure(config: pytest.Config) -> None:
+    """Resolve the options; every usage error is raised here, before anything runs or is written."""
+    workers.refuse_benchmarks(config)
+    selected = selection.resolve(options.read_options(config))
+    session = Session(config, selected)
+    config.stash[SESSION] = session
+    config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case))
+
+
+def session_of(config: pytest.Config) -> Session:
+    return config.stash[SESSION]
+
+
+def parametrize(metafunc: pytest.Metafunc) -> None:
+    """Workload × implementation, workload outermost, ids as in test_forward[<workload>-<implementation>]."""
+    selected = session_of(metafunc.config).selection
+    if "workload" in metafunc.fixturenames:
+        metafunc.parametrize("workload", selected.workloads, ids=str, indirect=True, scope="module")
+    if "implementation" in metafunc.fixturenames:
+        ids = [implementation.name for implementation in selected.implementations]
+        metafunc.parametrize("implementation", selected.implementations, ids=ids, indirect=True)
+
+
+def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give benchmarks their timer and group; leave out what cannot run in this kind of run."""
+    session = session_of(config)
+    gone = [item for item in items if _left_out(config, item)]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in set(gone)]
+    for item in items:
+        if item.get_closest_marker("gpu") and session.device != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "benchmark" not in getattr(item, "fixturenames", ()):
+            continue
+        if workers.in_parallel(config):
+            item.add_marker(pytest.mark.skip(reason=workers.REASON))
+        elif case := _case_of(item):
+            item.add_marker(pytest.mark.benchmark(group=case[0], timer=_Timer(session)))
+
+
+class _Timer:
+    """The session's clock as pytest-benchmark's timer; the clock starts the device, so it is made when first read."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.__name__ = "device_clock" if session.device == "cuda" else "host_clock"
+
+    def __call__(self) -> float:
+        return self.session.clock()
+
+
+def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
+    # under --benchmark-only, pytest-benchmark would report each of the others as skipped
+    return config.getoption("benchmark_only", False) and "benchmark" not in getattr(item, "fixturenames", ())
+
+
+def _case_of(item: pytest.Item) -> tuple[str, str] | None:
+    """(workload id, implementation) of a test over cases."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "workload" in params and "implementation" in params:
+        return str(params["workload"]), params["implementation"].name
+    return None
+
+
+def report_header(config: pytest.Config) -> list[str]:
+    selected = session_of(config).selection
+    if selected.device == "cuda":
+        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:
+        device = f"no GPU in use, CPU implementations only ({torch.get_num_threads()} threads)"
+    lines = [f"attention: {device}, torch {torch.__version__}, seed {selected.seed}"]
+    if selected.cpu_rule:
+        lines.append(f"CPU-sized presets: {selected.cpu_rule}")
+    return lines
+
+
+@contextlib.contextmanager
+def watched(item: pytest.Item) -> Iterator[None]:
+    """Time-limit a test over cases."""
+    if _case_of(item) is None:
+        yield
+        return
+    watchdog = item.config.stash[WATCHDOG]
+    watchdog.start(item.nodeid)
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+def note_report(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Remember why a case did not run, say how to run a failed test alone, and stop if the device is lost."""
+    session = session_of(item.config)
+    case = _case_of(item)
+    if report.failed:
+        report.sections.append(("rerun this one alone", rerun_command(item.config, item.nodeid)))
+    if case and report.skipped and isinstance(report.longrepr, tuple):
+        session.not_run.setdefault(case, report.longrepr[2].removeprefix("Skipped: "))
+    if case and report.failed:
+        session.not_run[case] = f"FAILED: {str(report.longrepr).strip().splitlines()[0].removeprefix(f'{case[1]} ')}"
+    if session.lost and report.failed:
+        item.session.shouldfail = f"the CUDA device is lost, nothing more can run: {session.lost}"
+
+
+def rerun_command(config: pytest.Config, nodeid: str) -> str:
+    """The command line that runs one test of this run again, with the options that this run had."""
+    arguments = [a for a in config.invocation_params.args if isinstance(a, str)]
+    kept: list[str] = []
+    flags = {option.flag for option in options.OPTIONS}
+    for n, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag in flags:
+            kept += [argument] if value else arguments[n : n + 2]
+    return shlex.join(["pytest", nodeid, *kept])
+
+
+def _on_hang(config: pytest.Config, case: str) -> None:
+    """From the watchdog's thread: keep what is finished, since this process ends without pytest's own ending."""
+    session = session_of(config)
+    say = config.stash[WATCHDOG].say
+    if session.journal.path:
+        wanted = config.getoption("benchmark_json", None)
+        if wanted:
+            journal.write_json(wanted, journal.read(session.journal.path))
+            say(f"{session.journal.finished} finished cases: {wanted}")
+        else:
+            say(f"{session.journal.finished} finished cases: python -m attn_impls journal {session.journal.path} -o run.json")
+    say(f"rerun this one alone: {rerun_command(config, case)}")
+
+
+def known_machine_info(config: pytest.Config) -> dict[str, Any] | None:
+    """The machine_info made earlier in this run, if it was."""
+    session = config.stash.get(SESSION, None)
+    return session.__dict__.get("machine_info") if session else None
+
+
+def update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    session = session_of(config)
+    environment.update_machine_info(machine_info, session.device, list(selection.REGISTRY.values()))
+
+
+def refuse_other_device(machine_info: dict[str, Any], compared: dict[str, Any]) -> None:
+    """Raise pytest.UsageError where a comparison would be between two devices."""
+    difference = environment.same_device(machine_info, compared["machine_info"])
+    if difference:
+        raise pytest.UsageError(f"--benchmark-compare: {difference}; compare runs of one device only")
+
+
+def write_summary(reporter: Any, config: pytest.Config) -> None:
+    session = session_of(config)
+    if not session.results and not (session.not_run and config.getoption("benchmark_only", False)):
+        return
+    machine = environment.describe(session.machine_info, session.state)
+    if session.selection.cpu_rule:
+        machine.append(f"CPU-sized presets: {session.selection.cpu_rule}")
+    reporter.section("attention", "=", bold=True)
+    for line in summary.render(session.results, session.not_run, machine, reporter._tw.fullwidth):
+        reporter.write_line(line.text, **line.style)

@@ -1,0 +1,103 @@
+"""Which kernels a call runs, from a profiling pass of its own (never a timed one), and what their names mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+SPIN = "spin_kernel"  # torch.cuda._sleep
+
+# the kernel a dispatching library chose: first match of a part of a kernel's name
+FAMILIES = (
+    ("cudnn", "cudnn"),
+    ("flash_attention_for_cpu", "flash"),
+    ("flash_attn_3", "flash3"),
+    ("FlashAttnFwdSm90", "flash3"),
+    ("pytorch_flash", "flash"),
+    ("flash_fwd", "flash"),
+    ("fmha_cutlass", "efficient"),
+    ("mem_eff", "efficient"),
+    ("splitKernel", "triton_splitk"),
+)
+
+
+class Operation(NamedTuple):
+    """One thing the device did, times in seconds."""
+
+    name: str
+    start: float
+    stop: float
+
+
+def device_operations(call: Callable[[], Any], calls: int = 1) -> list[list[Operation]]:
+    """For each of some calls, the kernels, copies and memsets that it made the GPU run, in order.
+
+    Each call stands between two spin kernels, so that its own memsets are told from those around it.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            torch.cuda._sleep(20_000)
+            call()
+            torch.cuda._sleep(0)
+        torch.cuda.synchronize()
+    operations = sorted(
+        (
+            Operation(event.name, event.time_range.start * 1e-6, event.time_range.end * 1e-6)
+            for event in profiler.events()
+            if event.device_type == DeviceType.CUDA
+        ),
+        key=lambda operation: operation.start,
+    )
+    found: list[list[Operation]] = []
+    inside = False
+    for operation in operations:
+        if SPIN in operation.name:
+            inside = not inside
+            if inside:
+                found.append([])
+        elif inside:
+            found[-1].append(operation)
+    return found
+
+
+def empty_spin_seconds() -> float | None:
+    """Median duration of `torch.cuda._sleep(0)`'s kernel as CUPTI sees it; None where CUPTI sees nothing."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(50):
+            torch.cuda._sleep(0)
+        torch.cuda.synchronize()
+    times = sorted(event.time_range.elapsed_us() for event in profiler.events() if SPIN in event.name)
+    return times[len(times) // 2] * 1e-6 if times else None
+
+
+def cpu_operators(call: Callable[[], Any]) -> list[str]:
+    """The operators that took at least a tenth of a call's time on the CPU, longest first."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    averages = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in averages) or 1
+    heavy = [event for event in averages if event.self_cpu_time_total >= total / 10]
+    return [event.key for event in sorted(heavy, key=lambda event: -event.self_cpu_time_total)]
+
+
+def kernel_names(call: Callable[[], Any], device: str) -> list[str]:
+    """The names of what a call runs: on a GPU every kernel once, longest first; on a CPU the heaviest operators."""
+    if device == "cpu":
+        return cpu_operators(call)
+    seconds: dict[str, float] = {}
+    for operations in device_operations(call):
+        for operation in operations:
+            seconds[operation.name] = seconds.get(operation.name, 0.0) + operation.stop - operation.start
+    return sorted(seconds, key=lambda name: -seconds[name])
+
+
+def chosen(kernels: list[str]) -> str:
+    """The family of fused attention among some kernels, e.g. "cudnn"; "unfused" if there is none; "" without kernels."""
+    for part, family in FAMILIES:
+        if any(part in kernel for kernel in kernels):
+            return family
+    return "unfused" if kernels else ""

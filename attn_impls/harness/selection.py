@@ -1,0 +1,184 @@
+"""What a run covers: the options resolved to workloads, implementations and a device. Every usage error is found here."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from ..presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from ..registry import REGISTRY, Implementation, discover, load_file
+from ..workload import DTYPES, Workload
+from .environment import device_bytes
+
+# option: the field of Workload it overrides
+FIELDS = {"batch_size": "batch", "seq_len": "q_len", "kv_len": "kv_len", "num_kv_heads": "kv_heads"}
+NUMBERS = ("batch_size", "seq_len", "kv_len", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
+MASKS = ("full", "causal")
+DEVICES = ("auto", "cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Selection:
+    device: str
+    workloads: tuple[Workload, ...]
+    implementations: tuple[Implementation, ...]
+    labels: dict[Workload, str] = field(default_factory=dict)  # the preset's name, for workloads that are one
+    required: frozenset[str] = frozenset()
+    rounds: int | None = None
+    warmup_rounds: int | None = None
+    seed: int = 0
+    case_timeout: float = 300.0
+    cpu_rule: str = ""  # how presets were scaled, where they were
+
+
+def resolve(options: dict[str, Any]) -> Selection:
+    """The selection that the options ask for. Raises pytest.UsageError with one line."""
+    try:
+        device = _device(options["device"])
+        implementations = _implementations(options["impl"], options["require_impl"])
+        labels, scaled = _workloads(options, device)
+        for w in labels:
+            _must_fit(w, device)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    return Selection(
+        device,
+        tuple(labels),
+        tuple(implementations),
+        {w: label for w, label in labels.items() if label},
+        frozenset(options["require_impl"]),
+        options["rounds"],
+        options["warmup_rounds"],
+        options["seed"],
+        options["case_timeout"],
+        CPU_RULE if scaled else "",
+    )
+
+
+def _device(name: str) -> str:
+    if name not in DEVICES:
+        raise ValueError(f"--device {name!r}: give one of {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; give --device cpu, or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _implementations(chosen: list[str], required: list[str]) -> list[Implementation]:
+    discover()
+    selected: dict[str, Implementation] = {}
+    for word in chosen:
+        if word.endswith(".py") or "/" in word:
+            selected.update((i.name, i) for i in load_file(word))
+        else:
+            selected[word] = _known(word, "--impl")
+    if not chosen:
+        selected = dict(REGISTRY)
+    for word in required:
+        selected[word] = _known(word, "--require-impl")
+    return list(selected.values())
+
+
+def _known(name: str, flag: str) -> Implementation:
+    if name not in REGISTRY:
+        raise ValueError(f"{flag} {name!r}: no such implementation; {nearest(name, REGISTRY)}")
+    return REGISTRY[name]
+
+
+def _workloads(options: dict[str, Any], device: str) -> tuple[dict[Workload, str], bool]:
+    """The workloads in order, each with its preset's name ("" for none), and whether presets were scaled for a CPU."""
+    overrides = list(_overrides(options))
+    names = options["workload"] or (["seed"] if overrides != [{}] else list(DEFAULT_PRESETS))
+    labels: dict[Workload, str] = {}
+    scaled = False
+    for name in names:
+        for base, label in _named(name):
+            if label and device == "cpu":
+                base, label, scaled = cpu_sized(base), f"{label}, CPU-sized", True
+            for override in overrides:
+                w = _overridden(base, override)
+                labels.setdefault(w, label if w == base else "")
+    return labels, scaled
+
+
+def _named(name: str) -> list[tuple[Workload, str]]:
+    """The workloads of a preset's name, of a glob over the names, or of an id, each with its preset's name."""
+    matches = fnmatch.filter(PRESETS, name)
+    if matches:
+        return [(preset(match), match) for match in matches]
+    if name[:1] == "b" and name[1:2].isdigit():
+        return [(Workload.parse(name), "")]
+    raise ValueError(f"--workload {name!r}: no such preset, and not an id; {nearest(name, PRESETS)}")
+
+
+def _overrides(options: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Every combination of the overriding options' values."""
+    given: dict[str, list[Any]] = {}
+    for option in NUMBERS:
+        if options[option]:
+            given[option] = [_number(option, text) for text in options[option]]
+    for option, allowed in (("dtype", tuple(DTYPES)), ("mask", MASKS)):
+        for word in options[option]:
+            if word not in allowed:
+                raise ValueError(f"--{option} {word!r}: give {', '.join(allowed)}")
+        if options[option]:
+            given[option] = options[option]
+    for values in itertools.product(*given.values()):
+        yield dict(zip(given, values, strict=True))
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--{option.replace('_', '-')} {text!r}: give whole numbers above 0")
+    return int(text)
+
+
+def _overridden(w: Workload, override: dict[str, Any]) -> Workload:
+    changes: dict[str, Any] = {FIELDS[option]: value for option, value in override.items() if option in FIELDS}
+    changes |= _heads(w, override)
+    if "dtype" in override:
+        changes["dtype"] = DTYPES[override["dtype"]]
+    if "mask" in override:
+        changes["causal"] = override["mask"] == "causal"
+        changes["window"] = w.window if changes["causal"] else 0
+    return w.replace(**changes)
+
+
+def _heads(w: Workload, override: dict[str, Any]) -> dict[str, int]:
+    """Heads and head dim from --num-heads, --head-dim and --embed-dim, which is their product."""
+    given = {name: override[option] for option, name in (("num_heads", "heads"), ("head_dim", "head_dim")) if option in override}
+    embed = override.get("embed_dim")
+    if embed is None:
+        return given
+    other, wanted = ("head_dim", "heads") if set(given) == {"head_dim"} else ("heads", "head_dim")
+    divisor = given.get(other, getattr(w, other))
+    if embed % divisor:
+        raise ValueError(
+            f"--embed-dim {embed} is not divisible by {other} {divisor}: give a multiple of {divisor}, or change {other}"
+        )
+    if given.get(wanted, embed // divisor) != embed // divisor:
+        raise ValueError(f"--embed-dim {embed} is not {divisor} heads × head dim {given[wanted]}: leave one of the three out")
+    return {other: divisor, wanted: embed // divisor}
+
+
+def _must_fit(w: Workload, device: str) -> None:
+    needed = sum(b * x * y * z for b, x, y, z in w.shapes().values()) * w.dtype.itemsize
+    there = device_bytes(device)
+    if needed > there:
+        raise ValueError(
+            f"workload {w} would not fit: q, k, v and the output need {needed / 2**30:,.1f} GiB, "
+            f"and this {device} device has {there / 2**30:,.1f} GiB; give smaller sizes"
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint: the known names closest to a wrong one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"nearest: {', '.join(close)}" if close else f"give one of {', '.join(known)}"

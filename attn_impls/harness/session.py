@@ -1,0 +1,222 @@
+"""One run: the device and its clock, what has been checked and measured so far, and the case at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..registry import REGISTRY, Implementation, Kernel, Unsupported
+from ..workload import DTYPE_NAMES
+from . import environment, limits, measure, profile
+from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
+from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
+from .journal import Journal
+from .judge import Problem, Verdict
+from .selection import Selection
+
+
+class Session:
+    """What lives as long as the run. Everything that touches the device is made when first needed."""
+
+    def __init__(self, config: pytest.Config, selection: Selection):
+        self.config, self.selection = config, selection
+        self.device = selection.device
+        self.journal = Journal(Path(config.rootpath) / ".benchmarks" / "journal")
+        self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
+        self.not_run: dict[tuple[str, str], str] = {}  # (workload id, implementation): why
+        self.broken: dict[str, str] = {}
+        self.lost = ""  # the culprit of a sticky CUDA error
+        self._checked: dict[Case, tuple[Verdict, float]] = {}
+        self._ceilings: dict[torch.dtype, limits.Ceiling] = {}
+
+    @cached_property
+    def clock(self) -> Clock:
+        if self.device == "cpu":
+            return HostClock()
+        return DeviceClock(self._driver, self.overhead.seconds)
+
+    @cached_property
+    def overhead(self) -> Overhead:
+        return calibrate(self._driver, profile.empty_spin_seconds)
+
+    @cached_property
+    def _driver(self) -> CudaDriver:
+        return CudaDriver()
+
+    @cached_property
+    def datasheet(self) -> limits.Gpu | None:
+        return limits.DATASHEETS.get(torch.cuda.get_device_name()) if self.device == "cuda" else None
+
+    @cached_property
+    def machine_info(self) -> dict[str, Any]:
+        """pytest-benchmark's machine_info with our additions, made once: a broken device could not tell it later."""
+        info = self.config.hook.pytest_benchmark_generate_machine_info(config=self.config)
+        environment.update_machine_info(info, self.device, list(REGISTRY.values()))
+        return info
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        return environment.state(self.device)
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """A pytest-benchmark JSON document without its benchmarks."""
+        import pytest_benchmark
+
+        return {
+            "machine_info": self.machine_info,
+            "commit_info": self.config.hook.pytest_benchmark_generate_commit_info(config=self.config),
+            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "version": pytest_benchmark.__version__,
+        }
+
+    def ceiling(self, dtype: torch.dtype) -> limits.Ceiling:
+        if dtype not in self._ceilings:
+            self._ceilings[dtype] = limits.measure_ceiling(self.clock, self.device, dtype)
+        return self._ceilings[dtype]
+
+    def unavailable(self, implementation: Implementation) -> str:
+        """Why an implementation cannot be tried on this device or any more, or ""."""
+        return implementation.unavailable(self.device) or self.broken.get(implementation.name, "")
+
+    def admit(self, case: Case) -> None:
+        """Skip a case whose implementation is unavailable; fail it if the implementation is required."""
+        reason = self.unavailable(case.implementation)
+        if reason and case.implementation.name in self.selection.required:
+            pytest.fail(f"{case.implementation.name} is required (--require-impl): {reason}", pytrace=False)
+        if reason:
+            pytest.skip(f"{case.implementation.name}: {reason}")
+
+    def verdict(self, case: Case, problem: Problem) -> Verdict:
+        """The case's verdict, computed once a session. Skips or fails the test if there can be none."""
+        if case not in self._checked:
+            with self._outcome(case):
+                self._prepare(case, problem)
+        return self._checked[case][0]
+
+    def measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
+        """Check, then time the case, and record everything about it. Skips or fails the test if it cannot be timed."""
+        with self._outcome(case):
+            self._measure(case, problem, benchmark)
+
+    @contextlib.contextmanager
+    def _outcome(self, case: Case) -> Iterator[None]:
+        """Turn what a case raises into pytest's outcome, and free its memory."""
+        try:
+            yield
+            failure = None
+        except Unsupported as error:
+            pytest.skip(f"{case.implementation.name}: {error}")
+        except CaseFailed as error:
+            failure = error
+        release(self.device, failure)
+        if isinstance(failure, Broken):
+            self.broken[case.implementation.name] = str(failure).splitlines()[0]
+        if isinstance(failure, DeviceLost):
+            self.lost = str(failure).splitlines()[0]
+        if failure:
+            pytest.fail(str(failure), pytrace=False)
+
+    def _prepare(self, case: Case, problem: Problem) -> Kernel:
+        """Build the case's kernel, and check it unless this session has."""
+        kernel, build_seconds = build(case, problem.plain.as_layout(case.implementation.layout))
+        if case not in self._checked:
+            self._checked[case] = problem.judge(case, kernel), build_seconds
+        return kernel
+
+    def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
+        kernel = self._prepare(case, problem)
+        verdict, build_seconds = self._checked[case]
+        if verdict.failure or verdict.sdpa_failure:
+            raise CaseFailed(f"{case.implementation.name} {verdict.failure or verdict.sdpa_failure}; it is not timed")
+        inputs = problem.plain.as_layout(case.implementation.layout)
+        call = partial(kernel, *inputs)
+        with guard(case, "kernel"):
+            peak = measure.peak_bytes(call, self.device)
+            timing = measure.run(
+                benchmark,
+                self.clock,
+                call,
+                self._baseline(case, problem),
+                self.selection.rounds,
+                self.selection.warmup_rounds,
+            )
+            if not benchmark.enabled:
+                return
+            kernels = profile.kernel_names(call, self.device)
+        self._reject_impossible(case, timing.median, benchmark)
+        benchmark.extra_info.update(self._describe(case, timing.median, verdict))
+        benchmark.extra_info.update(measure.facts(timing, self.clock))
+        benchmark.extra_info.update(build_s=build_seconds, peak_bytes=peak, kernels=kernels)
+        if case.implementation.dispatches:
+            benchmark.extra_info["chosen"] = profile.chosen(kernels)
+        if case.implementation.name == "sdpa":
+            benchmark.extra_info["vs_sdpa"] = 1.0
+        self.results.append(benchmark.stats.as_dict())
+        self.journal.add(self.header, self.results[-1])
+
+    def _baseline(self, case: Case, problem: Problem) -> Any:
+        """The SDPA call to pair with; None for SDPA itself and where SDPA has no right answer to this workload."""
+        if case.implementation.name == "sdpa" or problem.sdpa is None:
+            return None
+        sdpa = Case(case.workload, REGISTRY["sdpa"], self.device)
+        with guard(sdpa, "builder"), torch.device(self.device):
+            return partial(sdpa.implementation(case.workload), *problem.plain)
+
+    def _reject_impossible(self, case: Case, seconds: float, benchmark: Any) -> None:
+        if self.device != "cuda":
+            return
+        sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        bound = limits.physical_bound(case.workload, "forward", self.datasheet, sms, environment.max_sm_mhz())
+        if seconds < bound:
+            benchmark.has_error = True
+            raise CaseFailed(
+                f"{case.implementation.name} took {seconds * 1e6:.2f} µs, and physics needs {bound * 1e6:.2f} µs: "
+                "timing did not wait for the kernel, or the FLOP count is wrong"
+            )
+
+    def _describe(self, case: Case, seconds: float, verdict: Verdict) -> dict[str, Any]:
+        """The flat extra_info that does not come from the samples."""
+        w, implementation = case.workload, case.implementation
+        ceiling, gpu = self.ceiling(w.dtype), self.datasheet
+        limit = limits.roofline(w, "forward", gpu, ceiling)
+        fields = {name: getattr(w, name) for name in w.__dataclass_fields__}
+        return {
+            "implementation": implementation.name,
+            "library": implementation.dist or "torch",
+            "library_version": implementation.version,
+            "approximate": implementation.approximate,
+            "layout": implementation.layout,
+            "workload": str(w),
+            **fields,
+            "dtype": DTYPE_NAMES[w.dtype],
+            "label": self.selection.labels.get(w, ""),
+            "direction": "forward",
+            "device": self.machine_info["gpu"] or "cpu",
+            "flops": w.flops(),
+            "bytes": w.bytes(),
+            "tflops": w.flops() / seconds / 1e12,
+            "tb_per_s": w.bytes() / seconds / 1e12,
+            "limit_s": limit.seconds,
+            "limit_bound": limit.bound,
+            "limit_source": limit.source,
+            "percent_of_limit": 100 * limit.seconds / seconds,
+            "ceiling_tflops": ceiling.tflops,
+            "ceiling_tb_per_s": ceiling.tb_per_s,
+            "datasheet_tflops": gpu and limits.datasheet_tflops(gpu, w.dtype),
+            "datasheet_tb_per_s": gpu and gpu.bandwidth,
+            "error_over_budget": verdict.error_over_budget,
+            "rms_over_budget": verdict.rms_over_budget,
+            "sdpa_over_budget": verdict.sdpa_over_budget,
+            "bitwise_repeatable": verdict.bitwise_repeatable,
+            "seed": self.selection.seed,
+            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }

@@ -1,0 +1,191 @@
+"""The table that ends a run: per workload, every implementation that ran, fastest first, and why the others did not."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from ..workload import Workload
+from . import limits
+
+Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
+MIN_KERNEL_WIDTH = 14  # columns below which a kernel's name says nothing
+
+
+class Column(NamedTuple):
+    title: str
+    cell: Callable[[Benchmark], str]
+    rank: int  # the columns of the highest rank go first when the terminal is narrow
+    left: bool = False
+
+
+class Line(NamedTuple):
+    text: str
+    style: dict[str, bool] = {}
+
+
+def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], machine: Iterable[str], width: int) -> list[Line]:
+    """The whole summary, no line longer than `width` columns where words allow."""
+    lines = [Line(text) for text in machine]
+    groups: dict[str, list[Benchmark]] = {}
+    for benchmark in benchmarks:
+        groups.setdefault(benchmark["extra_info"]["workload"], []).append(benchmark)
+    missing, everywhere = _split(not_run, groups)
+    for workload in dict.fromkeys([*groups, *missing]):
+        lines.append(Line(""))
+        lines += _group(workload, groups.get(workload, []), missing.get(workload, {}), width)
+    if everywhere:
+        lines += [Line(""), Line("did not run at all", {"bold": True})]
+        lines += _reasons(everywhere, width)
+    lines += [Line(text) for text in _legend(benchmarks)]
+    return lines
+
+
+def _group(workload: str, benchmarks: list[Benchmark], missing: dict[str, str], width: int) -> Iterable[Line]:
+    yield Line(workload + (f"   {_problem(benchmarks[0]['extra_info'])}" if benchmarks else ""), {"bold": True})
+    if benchmarks:
+        rows = sorted(benchmarks, key=lambda b: b["stats"]["median"])
+        yield from _table(rows, _columns(rows), width)
+    yield from _reasons(missing, width)
+
+
+def _problem(info: dict[str, Any]) -> str:
+    w = Workload.parse(info["workload"])
+    mask = "full" if not w.causal else f"causal, window {w.window}" if w.window else "causal"
+    label = f"{info['label']} · " if info.get("label") else ""
+    return f"{label}{mask} · {_quantity(w.flops(), 'FLOP')} · {limits.describe(w, info)}"
+
+
+def _columns(rows: list[Benchmark]) -> list[Column]:
+    fastest = rows[0]["stats"]["median"]
+    unit, factor = ("ms", 1e3) if fastest >= 1e-4 else ("µs", 1e6)
+    timer = "device" if rows[0]["extra_info"].get("timer") == "device" else "wall"
+    memory_bound = rows[0]["extra_info"]["limit_bound"] == "memory"
+    rate = ("GB/s", "tb_per_s", 1e3) if memory_bound else ("TFLOP/s", "tflops", 1)
+
+    def info(key: str, form: Callable[[Any], str]) -> Callable[[Benchmark], str]:
+        return lambda b: "–" if b["extra_info"].get(key) is None else form(b["extra_info"][key])
+
+    columns = [
+        Column("implementation", _name, 0, left=True),
+        Column(f"{timer} {unit}", lambda b: _significant(b["stats"]["median"] * factor), 0),
+        Column("IQR", lambda b: f"{100 * b['stats']['iqr'] / b['stats']['median']:.1f} %", 3),
+        Column(rate[0], info(rate[1], lambda x: _significant(x * rate[2])), 1),
+        Column("% limit", info("percent_of_limit", lambda x: f"{x:.3g} %" if x < 1 else f"{x:.0f} %"), 1),
+        Column("vs sdpa [95 % CI]", _versus, 2),
+        Column("host µs", info("host_us", lambda x: f"{x:.0f}"), 4),
+        Column("peak MiB", info("peak_bytes", lambda x: f"{x / 2**20:.0f}"), 5),
+        Column("error", lambda b: f"✓ {b['extra_info']['error_over_budget']:.2f}", 1),
+        Column("kernel", lambda b: _short(b["extra_info"].get("kernels") or []), 6, left=True),
+    ]
+    return columns if timer == "device" else [c for c in columns if c.title not in ("host µs", "peak MiB")]
+
+
+def _table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[Line]:
+    cells = {column: [column.title, *(column.cell(row) for row in rows)] for column in columns}
+
+    def needed() -> int:
+        return sum(2 + max(map(len, cells[column])) for column in columns if column.title != "kernel")
+
+    while needed() > width and max(column.rank for column in columns):
+        columns = [c for c in columns if c.rank < max(column.rank for column in columns)]
+    if needed() + MIN_KERNEL_WIDTH > width:
+        columns = [c for c in columns if c.title != "kernel"]
+    for n in range(len(rows) + 1):
+        parts = []
+        for column in columns:
+            size = max(map(len, cells[column]))
+            parts.append(cells[column][n].ljust(size) if column.left else cells[column][n].rjust(size))
+        text = ("  " + "  ".join(parts)).rstrip()
+        style = {"cyan": True} if n == 0 else {"green": True} if n == 1 else {}
+        yield Line(text if len(text) <= width else text[: width - 1] + "…", style)
+
+
+def _name(benchmark: Benchmark) -> str:
+    info = benchmark["extra_info"]
+    chosen = info.get("chosen")
+    flags = "".join(
+        mark for key, mark in (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈")) if info.get(key)
+    )
+    return info["implementation"] + (f" → {chosen}" if chosen else "") + flags
+
+
+def _versus(benchmark: Benchmark) -> str:
+    info = benchmark["extra_info"]
+    if info["implementation"] == "sdpa":
+        return "baseline"
+    if info.get("vs_sdpa") is None:
+        return "–"
+    return f"{info['vs_sdpa']:.2f}× [{info['vs_sdpa_ci_low']:.2f}, {info['vs_sdpa_ci_high']:.2f}]"
+
+
+def _split(
+    not_run: dict[tuple[str, str], str], groups: dict[str, list[Benchmark]]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Reasons per workload, and those of implementations that ran nowhere for one and the same reason."""
+    reasons: dict[str, dict[str, str]] = {}
+    for (workload, name), reason in not_run.items():
+        reasons.setdefault(name, {})[workload] = reason
+    workloads = {*groups, *(workload for workload, _ in not_run)}
+    everywhere = {
+        name: next(iter(found.values()))
+        for name, found in reasons.items()
+        if len(set(found.values())) == 1 and set(found) == workloads and len(workloads) > 1
+    }
+    missing: dict[str, dict[str, str]] = {}
+    for (workload, name), reason in not_run.items():
+        if name not in everywhere:
+            missing.setdefault(workload, {})[name] = reason
+    return missing, everywhere
+
+
+def _reasons(reasons: dict[str, str], width: int) -> Iterable[Line]:
+    size = max(map(len, reasons), default=0)
+    for name, reason in sorted(reasons.items()):
+        text = f"  {name.ljust(size)}  {reason.removeprefix(f'{name}: ')}"
+        failed = reason.startswith("FAILED")
+        yield Line(text if len(text) <= width else text[: width - 1] + "…", {"red": True} if failed else {"yellow": True})
+
+
+def _legend(benchmarks: list[Benchmark]) -> list[str]:
+    infos = [b["extra_info"] for b in benchmarks]
+    lines = []
+    if infos:
+        lines.append("error: worst row against float64, as a share of what its dtype excuses (✓ up to 1)")
+    if any(info.get("chosen") for info in infos):
+        lines.append("→ the kernel that a dispatching library chose")
+    if any(info.get("host_bound") for info in infos):
+        lines.append("! the call waits for the device: its time includes the host's")
+    if any(info.get("sm_clock_unsteady") for info in infos):
+        lines.append("~ the SM clock fell below 95 % of its median in some rounds")
+    if any(info.get("approximate") for info in infos):
+        lines.append("≈ approximate kernel: judged in a class of its own")
+    clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
+    if clocks:
+        lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
+    return ["", *lines] if lines else []
+
+
+def _short(kernels: list[str]) -> str:
+    """The longest-running kernel's name without its namespaces and arguments, and how many more there are."""
+    if not kernels:
+        return "–"
+    name = re.sub(r"^void |\(anonymous namespace\)::|aten::|at::native::", "", kernels[0])
+    inner = re.search(r"(FlashAttn\w+|flash_fwd\w*|fmha_\w+)", name)
+    name = inner.group(1) if inner else re.split(r"[<(]", name)[0]
+    name = name.split("::")[-1] or kernels[0]
+    return (name if len(name) <= 40 else name[:39] + "…") + (f" +{len(kernels) - 1}" if len(kernels) > 1 else "")
+
+
+def _significant(x: float) -> str:
+    """Three significant digits, four where that is still short."""
+    return f"{x:.0f}" if x >= 1000 else f"{x:.4g}" if x >= 100 else f"{x:.3g}"
+
+
+def _quantity(x: float, unit: str) -> str:
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"{x / factor:.2f} {prefix}{unit}"
+    return f"{x:.0f} {unit}"

@@ -1,0 +1,170 @@
+"""The table of implementations: how one registers, how they are found, and why one is unavailable."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .workload import Workload
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+LAYOUTS = ("bhsd", "bshd")
+ENTRY_POINTS = "attn_impls"
+
+
+class Unsupported(Exception):
+    """Raised by a builder: this implementation cannot do this workload. It becomes a skip with the reason."""
+
+
+@dataclass(eq=False)
+class Implementation:
+    """A registered builder. Calling it with a workload returns the kernel, `kernel(q, k, v) -> out`."""
+
+    name: str
+    build: Callable[[Workload], Kernel]
+    dists: tuple[str, ...] = ()
+    layout: str = "bhsd"
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    backward: bool = True
+    approximate: bool = False
+    dispatches: bool = False
+    install: str = ""
+    source: str = ""
+    lse_builder: Callable[[Workload], LseKernel] | None = field(default=None, repr=False)
+
+    def __call__(self, w: Workload) -> Kernel:
+        return self.build(w)
+
+    def with_lse(self, builder: Callable[[Workload], LseKernel]) -> Callable[[Workload], LseKernel]:
+        """Decorator for a second builder, whose kernel returns (out, lse); lse [B, H, S] float32, natural log."""
+        self.lse_builder = builder
+        return builder
+
+    @property
+    def dist(self) -> str:
+        """The installed distribution that provides the library, "" if none is or none is needed."""
+        return next((dist for dist in self.dists if _version(dist)), "")
+
+    @property
+    def version(self) -> str:
+        """The library's version as its metadata gives it; torch's for implementations that need nothing else."""
+        return _version(self.dist) if self.dists else torch.__version__
+
+    def unavailable(self, device: str) -> str:
+        """Why nothing of this implementation can run on a device type ("cuda", "cpu"), or "" if it can be tried."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only; this run is on {device}"
+        if self.dists and not self.dist:
+            return f"not installed: {self.install or 'pip install ' + self.dists[0]}"
+        return ""
+
+
+REGISTRY: dict[str, Implementation] = {}
+
+
+def attention(
+    name: str,
+    *,
+    dist: str | Iterable[str] = "",
+    layout: str = "bhsd",
+    devices: tuple[str, ...] = ("cuda", "cpu"),
+    backward: bool = True,
+    approximate: bool = False,
+    dispatches: bool = False,
+    install: str = "",
+) -> Callable[[Callable[[Workload], Kernel]], Implementation]:
+    """Register the decorated builder as the implementation `name`.
+
+    dist: the distribution whose metadata says whether the library is installed, and its version; with several, any one
+    of them will do. layout: of q, k, v and out, "bhsd" or "bshd". devices: types it runs on. backward: whether
+    autograd works. approximate: low-precision inside, judged in a class of its own. dispatches: the library chooses
+    among kernels, so what it chose is shown. install: one line that says how to get it.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"implementation {name!r}: layout is {layout!r}, give one of {', '.join(LAYOUTS)}")
+    if not name or any(c in name for c in ",[]= \t\n/"):
+        raise ValueError(f"implementation name {name!r}: use letters, digits, '_', '-' and '.'")
+    dists = (dist,) if isinstance(dist, str) and dist else tuple(dist)
+
+    def register(build: Callable[[Workload], Kernel]) -> Implementation:
+        source = inspect.getsourcefile(build) or ""
+        if name in REGISTRY:
+            raise ValueError(f"implementation {name!r} is registered twice: in {REGISTRY[name].source} and in {source}")
+        REGISTRY[name] = Implementation(
+            name, build, dists, layout, tuple(devices), backward, approximate, dispatches, install, source
+        )
+        return REGISTRY[name]
+
+    return register
+
+
+def discover() -> dict[str, Implementation]:
+    """Import every implementation of this package and of installed packages (entry-point group "attn_impls")."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.ispkg and not module.name.startswith("_"):
+            importlib.import_module(f"{__package__}.{module.name}")
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        before = set(REGISTRY)
+        try:
+            entry.load()
+        except Exception as error:  # somebody else's package: it must cost its own cases only, and loudly
+            if entry.name not in before:
+                _register_broken(entry, error)
+    return REGISTRY
+
+
+def load_file(path: str | Path) -> list[Implementation]:
+    """Import a Python file and return the implementations it registers. Raises ValueError with one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"implementation file {str(path)!r} does not exist")
+    before = set(REGISTRY)
+    name = f"attn_impls_file_{path.stem}_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"implementation file {str(path)!r} is not a Python file: give one that ends in .py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        for added in set(REGISTRY) - before:
+            del REGISTRY[added]
+        raise ValueError(f"implementation file {str(path)!r} does not import: {one_line(error)}") from error
+    added = [REGISTRY[name] for name in REGISTRY if name not in before]
+    if not added:
+        raise ValueError(f'implementation file {str(path)!r} registers nothing: decorate a builder with @attention("name")')
+    return added
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line: its type and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].strip()}" if text else type(error).__name__
+
+
+def _register_broken(entry: metadata.EntryPoint, error: Exception) -> None:
+    reason = f"entry point {entry.name!r} ({entry.value}) does not load: {one_line(error)}"
+
+    def build(_: Workload) -> Any:
+        raise ImportError(reason)
+
+    attention(entry.name)(build)
+
+
+def _version(dist: str) -> str:
+    try:
+        return metadata.version(dist) if dist else ""
+    except metadata.PackageNotFoundError:
+        return ""

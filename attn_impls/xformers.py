@@ -1,0 +1,84 @@
+"""xFormers memory_efficient_attention: its own dispatch, and its cutlass and flash operators pinned.
+
+https://facebookresearch.github.io/xformers/components/ops.html
+"""
+
+import contextlib
+import ctypes
+import importlib
+import sys
+from importlib import metadata
+
+import torch
+
+from attn_impls import Unsupported, Workload, attention
+
+ABOUT = {"dist": "xformers", "layout": "bshd", "devices": ("cuda",), "install": "pip install xformers nvidia-cuda-runtime-cu12"}
+
+
+def _import_fmha():
+    """xformers.ops.fmha, past two traps of its installation that would otherwise leave it broken."""
+    # Its wheel is linked against CUDA 12's runtime, which a torch for CUDA 13 does not bring.
+    with contextlib.suppress(metadata.PackageNotFoundError, OSError):
+        for file in metadata.files("nvidia-cuda-runtime-cu12") or []:
+            if file.name == "libcudart.so.12":
+                ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
+    # flash-attn-4 alone makes `flash_attn` importable with nothing in it, and xformers takes it for flash-attn 2.
+    try:
+        metadata.version("flash-attn")
+        hide = False
+    except metadata.PackageNotFoundError:
+        hide = "flash_attn" not in sys.modules
+    if hide:
+        sys.modules["flash_attn"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("xformers.ops.fmha")
+    finally:
+        if hide:
+            del sys.modules["flash_attn"]
+
+
+def _kernel(w: Workload, operator: str = ""):
+    fmha = _import_fmha()
+    if w.softcap:
+        raise Unsupported("xFormers has no softcap")
+    op = getattr(fmha, operator).FwOp if operator else None
+    bias = _bias(w, fmha.attn_bias)
+
+    def kernel(q, k, v):  # [B, S, H, D]
+        if w.group > 1:  # [B, S, KV, group, D], K and V expanded, not copied
+            q = q.unflatten(2, (w.kv_heads, w.group))
+            k, v = (t[:, :, :, None].expand(-1, -1, -1, w.group, -1) for t in (k, v))
+        out = fmha.memory_efficient_attention(q, k, v, bias, scale=w.scale, op=op and (op, None))
+        return out.flatten(2, 3) if w.group > 1 else out
+
+    q, k, v = (torch.empty(w.shapes("bshd")[name], dtype=w.dtype) for name in "qkv")
+    try:
+        kernel(q, k, v)
+    except (ValueError, NotImplementedError) as error:  # what xFormers raises for inputs no operator takes
+        reasons = [line.strip() for line in str(error).splitlines() if line.startswith("    ")]
+        raise Unsupported(f"xFormers: {'; '.join(reasons[-3:]) or error}") from None
+    return kernel
+
+
+def _bias(w: Workload, biases):
+    if not w.causal:
+        return None
+    if w.window:
+        return biases.LowerTriangularFromBottomRightLocalAttentionMask(w.window)
+    return biases.LowerTriangularMask() if w.q_len == w.kv_len else biases.LowerTriangularFromBottomRightMask()
+
+
+@attention("xformers", dispatches=True, **ABOUT)
+def xformers(w: Workload):
+    return _kernel(w)
+
+
+@attention("xformers-cutlass", **ABOUT)
+def xformers_cutlass(w: Workload):
+    return _kernel(w, "cutlass")
+
+
+@attention("xformers-flash", **ABOUT)
+def xformers_flash(w: Workload):
+    return _kernel(w, "flash")

@@ -1,0 +1,15 @@
+"""Every implementation on every workload: right by the float64 oracle, and close to torch SDPA."""
+
+import pytest
+
+pytestmark = pytest.mark.correctness
+
+
+def test_oracle(case, suite, problem):
+    verdict = suite.verdict(case, problem)
+    assert not verdict.failure, f"{case.implementation.name} {verdict.failure}"
+
+
+def test_allclose_to_sdpa(case, suite, problem):
+    verdict = suite.verdict(case, problem)
+    assert not verdict.sdpa_failure, f"{case.implementation.name} {verdict.sdpa_failure}"
