@@ -15,11 +15,11 @@ def flex(w: Workload):
         raise Unsupported("torch.compile on a CPU needs a C++ compiler, and there is none on PATH")
     offset, window, cap = w.offset, w.window, w.softcap
 
-    def sees(b, h, i, j):
+    def sees(_batch, _head, i, j):
         visible = j <= i + offset
         return visible & (j > i + offset - window) if window else visible
 
-    def capped(score, b, h, i, j):
+    def capped(score, *_):
         return torch.tanh(score / cap) * cap
 
     mask = create_block_mask(sees, None, None, w.q_len, w.kv_len, device=device) if w.causal else None

@@ -139,8 +139,8 @@ def load_file(path: str | Path) -> list[Implementation]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        for added in set(REGISTRY) - before:
-            del REGISTRY[added]
+        for partial in set(REGISTRY) - before:
+            del REGISTRY[partial]
         raise ValueError(f"implementation file {str(path)!r} does not import: {one_line(error)}") from error
     added = [REGISTRY[name] for name in REGISTRY if name not in before]
     if not added:

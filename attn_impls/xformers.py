@@ -5,6 +5,7 @@ https://facebookresearch.github.io/xformers/components/ops.html
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import sys
 from importlib import metadata
@@ -13,7 +14,9 @@ import torch
 
 from attn_impls import Unsupported, Workload, attention
 
-ABOUT = {"dist": "xformers", "layout": "bshd", "devices": ("cuda",), "install": "pip install xformers nvidia-cuda-runtime-cu12"}
+register = functools.partial(
+    attention, dist="xformers", layout="bshd", devices=("cuda",), install="pip install xformers nvidia-cuda-runtime-cu12"
+)
 
 
 def _import_fmha():
@@ -69,16 +72,16 @@ def _bias(w: Workload, biases):
     return biases.LowerTriangularMask() if w.q_len == w.kv_len else biases.LowerTriangularFromBottomRightMask()
 
 
-@attention("xformers", dispatches=True, **ABOUT)
+@register("xformers", dispatches=True)
 def xformers(w: Workload):
     return _kernel(w)
 
 
-@attention("xformers-cutlass", **ABOUT)
+@register("xformers-cutlass")
 def xformers_cutlass(w: Workload):
     return _kernel(w, "cutlass")
 
 
-@attention("xformers-flash", **ABOUT)
+@register("xformers-flash")
 def xformers_flash(w: Workload):
     return _kernel(w, "flash")

@@ -98,10 +98,14 @@ class DeviceClock:
     def __call__(self) -> float:
         return self.now
 
-    def prepare(self) -> None:
-        """Make the L2 cold, wait for the device, then let it spin while the caller enqueues."""
+    def quiet(self) -> None:
+        """Make the L2 cold and wait for the device."""
         self.driver.flush()
         self.driver.synchronize()
+
+    def prepare(self) -> None:
+        """Make the device quiet, then let it spin while the caller enqueues."""
+        self.quiet()
         self.driver.spin(LEAD_CYCLES)
         self._before.record()
         self.driver.spin(self.cycles)

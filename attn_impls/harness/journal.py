@@ -5,6 +5,7 @@ A journal is JSON lines: first {"header": everything of the JSON but the benchma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -47,13 +48,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"journal {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{str(path)!r} is not a journal of this suite: it is not text") from None
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:  # a kill may cut the last line, and only that
-                raise ValueError(f"{str(path)!r} is not a journal of this suite: line {number + 1} is not JSON") from None
+    try:
+        records = [json.loads(line) for line in lines[:-1]]
+    except json.JSONDecodeError:
+        raise ValueError(f"{str(path)!r} is not a journal of this suite: a line is not JSON") from None
+    with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line, and only that
+        records += [json.loads(line) for line in lines[-1:]]
     if not records or not isinstance(records[0], dict) or "header" not in records[0]:
         raise ValueError(f"{str(path)!r} is not a journal of this suite: its first line has no header")
     return {**records[0]["header"], "benchmarks": records[1:]}

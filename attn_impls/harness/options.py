@@ -87,7 +87,10 @@ def add_options(parser: pytest.Parser) -> None:
             action="append" if repeated else "store",
             help=option.help + note,
         )
-        parser.addini(option.name, option.help, type="args" if repeated else "string", default=[] if repeated else None)
+        if repeated:
+            parser.addini(option.name, option.help, type="args", default=[])
+        else:
+            parser.addini(option.name, option.help, type="string", default=None)
 
 
 def read_options(config: pytest.Config) -> dict[str, Any]:

@@ -33,14 +33,15 @@ class Operation(NamedTuple):
     stop: float
 
 
-def device_operations(call: Callable[[], Any], calls: int = 1) -> list[list[Operation]]:
+def device_operations(call: Callable[[], Any], calls: int = 1, before: Callable[[], Any] = lambda: None) -> list[list[Operation]]:
     """For each of some calls, the kernels, copies and memsets that it made the GPU run, in order.
 
-    Each call stands between two spin kernels, so that its own memsets are told from those around it.
+    Each call stands between two spin kernels, so that its own memsets are told from those of `before`.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
-            torch.cuda._sleep(20_000)
+            before()
+            torch.cuda._sleep(200_000)
             call()
             torch.cuda._sleep(0)
         torch.cuda.synchronize()

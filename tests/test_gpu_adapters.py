@@ -1,0 +1,106 @@
+"""Adapters cost nothing: each implementation against a direct call of its library, interleaved in one session."""
+
+import statistics
+
+import pytest
+import torch
+
+from attn_impls import Unsupported, Workload
+from attn_impls.harness import measure
+from attn_impls.harness.inputs import plain
+from attn_impls.registry import REGISTRY, discover
+
+pytestmark = pytest.mark.gpu
+
+W = Workload.parse("b1-h16-s2048-d128-causal-bf16")
+SCALE = 128**-0.5
+
+
+def direct_sdpa():
+    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+
+
+def direct_pinned(backend):
+    from torch.nn.attention import sdpa_kernel
+
+    def call(q, k, v):
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+
+    return call
+
+
+def direct_xformers(operator=None):
+    from xformers.ops import LowerTriangularMask, fmha, memory_efficient_attention
+
+    op = operator and (getattr(fmha, operator).FwOp, None)
+    bias = LowerTriangularMask()
+    return lambda q, k, v: memory_efficient_attention(q, k, v, bias, scale=SCALE, op=op)
+
+
+def direct_flash_attn2():
+    from flash_attn import flash_attn_func
+
+    return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
+
+
+def direct_flash_attn3():
+    from fa3_fwd_interface import flash_attn_func
+
+    return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
+
+
+def direct_flash_attn4():
+    from flash_attn.cute import flash_attn_func
+
+    return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
+
+
+BACKENDS = torch.nn.attention.SDPBackend
+DIRECT = {
+    "sdpa": direct_sdpa,
+    "sdpa-math": lambda: direct_pinned(BACKENDS.MATH),
+    "sdpa-flash": lambda: direct_pinned(BACKENDS.FLASH_ATTENTION),
+    "sdpa-efficient": lambda: direct_pinned(BACKENDS.EFFICIENT_ATTENTION),
+    "sdpa-cudnn": lambda: direct_pinned(BACKENDS.CUDNN_ATTENTION),
+    "xformers": direct_xformers,
+    "xformers-cutlass": lambda: direct_xformers("cutlass"),
+    "xformers-flash": lambda: direct_xformers("flash"),
+    "flash_attn2": direct_flash_attn2,
+    "flash_attn3": direct_flash_attn3,
+    "flash_attn4": direct_flash_attn4,
+}
+
+
+class Rounds:
+    enabled, has_error = True, False
+
+    def pedantic(self, target, setup, teardown, rounds, warmup_rounds):
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            target()
+            teardown()
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_an_adapter_costs_nothing(name, suite, capsys):
+    discover()
+    implementation = REGISTRY[name]
+    if suite.unavailable(implementation):
+        pytest.skip(suite.unavailable(implementation))
+    try:
+        with torch.device("cuda"):
+            kernel = implementation(W)
+    except Unsupported as reason:
+        pytest.skip(f"{name}: {reason}")
+    direct, inputs = DIRECT[name](), plain(W, "cuda", 0).as_layout(implementation.layout)
+    timing = measure.run(Rounds(), suite.clock, lambda: kernel(*inputs), lambda: direct(*inputs), rounds=100)
+    ratio, low, high = measure.paired_ratio(timing)
+    host = [1e6 * statistics.median(s.host_seconds for s in side) for side in (timing.samples, timing.baseline)]
+    with capsys.disabled():
+        print(
+            f"\n  {name:17} direct/adapter {ratio:.4f} [{low:.4f}, {high:.4f}]; host {host[0]:.1f} µs, direct {host[1]:.1f} µs",
+            end="",
+        )
+    assert ratio == pytest.approx(1.0, abs=0.01)
+    assert host[0] <= host[1] + 5
