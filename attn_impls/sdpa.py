@@ -66,7 +66,7 @@ def _probe(w: Workload, kernel) -> None:
         try:
             kernel(q, k, v)
         except RuntimeError as error:
-            if not any(phrase in str(error) for phrase in ("No available kernel", "No viable backend")):
+            if not any(phrase in str(error) for phrase in ("No available kernel", "No viable backend", "Invalid backend")):
                 raise
             reasons = [str(warning.message).split(" (Triggered internally")[0] for warning in caught]
             wanted = [reason for reason in reasons if "because" not in reason and "not used" not in reason]

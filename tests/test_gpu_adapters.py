@@ -1,9 +1,8 @@
 """Adapters cost nothing: each implementation against a direct call of its library, interleaved in one session."""
 
-import statistics
-
 import pytest
 import torch
+from fakes import Rounds
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import measure
@@ -12,7 +11,7 @@ from attn_impls.registry import REGISTRY, discover
 
 pytestmark = pytest.mark.gpu
 
-W = Workload.parse("b1-h16-s2048-d128-causal-bf16")
+W = Workload.parse("b1-h32-s4096-d128-causal-bf16")
 SCALE = 128**-0.5
 
 
@@ -72,16 +71,6 @@ DIRECT = {
 }
 
 
-class Rounds:
-    enabled, has_error = True, False
-
-    def pedantic(self, target, setup, teardown, rounds, warmup_rounds):
-        for _ in range(warmup_rounds + rounds):
-            setup()
-            target()
-            teardown()
-
-
 @pytest.mark.parametrize("name", DIRECT)
 def test_an_adapter_costs_nothing(name, suite, capsys):
     discover()
@@ -94,9 +83,10 @@ def test_an_adapter_costs_nothing(name, suite, capsys):
     except Unsupported as reason:
         pytest.skip(f"{name}: {reason}")
     direct, inputs = DIRECT[name](), plain(W, "cuda", 0).as_layout(implementation.layout)
-    timing = measure.run(Rounds(), suite.clock, lambda: kernel(*inputs), lambda: direct(*inputs), rounds=100)
+    calls = (lambda: kernel(*inputs)), (lambda: direct(*inputs))
+    timing = measure.run(Rounds(), suite.clock, *calls, rounds=100)
     ratio, low, high = measure.paired_ratio(timing)
-    host = [1e6 * statistics.median(s.host_seconds for s in side) for side in (timing.samples, timing.baseline)]
+    host = [1e6 * measure.enqueue_seconds(call, suite.clock) for call in calls]
     with capsys.disabled():
         print(
             f"\n  {name:17} direct/adapter {ratio:.4f} [{low:.4f}, {high:.4f}]; host {host[0]:.1f} µs, direct {host[1]:.1f} µs",

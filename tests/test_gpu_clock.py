@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from fakes import Rounds
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_impls.harness import measure, profile
@@ -23,12 +24,12 @@ def overhead(driver):
     found = calibrate(driver, profile.empty_spin_seconds)
     assert "CUPTI" in found.source
     assert 0 < found.seconds < 10e-6
-    return found.seconds
+    return found
 
 
 @pytest.fixture
 def clock(driver, overhead):
-    return DeviceClock(driver, overhead)
+    return DeviceClock(driver, overhead.seconds, overhead.empty_spin)
 
 
 def qkv(batch, heads, length, dim):
@@ -143,18 +144,6 @@ def test_linear_in_the_work(clock, driver):
         extra = statistics.median(s.seconds for s in found) - statistics.median(s.seconds for s in base)
         mhz = statistics.median(s.sm_mhz for s in found)
         assert extra == pytest.approx((cycles - base_cycles) / (mhz * 1e6), rel=0.01)
-
-
-class Rounds:
-    """Stands in for pytest-benchmark's fixture: the same calls in the same order, nothing else."""
-
-    enabled, has_error = True, False
-
-    def pedantic(self, target, setup, teardown, rounds, warmup_rounds):
-        for _ in range(warmup_rounds + rounds):
-            setup()
-            target()
-            teardown()
 
 
 def test_paired_ratio_of_a_kernel_with_itself_while_the_card_heats(clock, capsys):

@@ -17,6 +17,9 @@ import torch
 LEAD_CYCLES = 20_000  # keeps the GPU busy while the event before the measured spin is recorded
 FIRST_CYCLES = 200_000  # about 0.1 ms
 MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device itself
+# The host may use this share of a spin before the next one is made longer: a launch that reaches the GPU just before the
+# spin ends is not late, but still reads about 1 µs more.
+TIGHT = 0.5
 CPU_ROUND_SECONDS = 1e-3
 
 
@@ -88,11 +91,19 @@ class DeviceClock:
     cold_l2 = True
     timer = "device"
 
-    def __init__(self, driver: Driver, overhead: float = 0.0, agree: Callable[[float, bool], tuple[float, bool]] = alone):
-        self.driver, self.overhead, self.agree = driver, overhead, agree
+    def __init__(
+        self,
+        driver: Driver,
+        overhead: float = 0.0,
+        empty_spin: float = 0.0,
+        agree: Callable[[float, bool], tuple[float, bool]] = alone,
+    ):
+        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads around a spin of 0 cycles."""
+        self.driver, self.overhead, self.empty_spin, self.agree = driver, overhead, empty_spin, agree
         self.now = 0.0
         self.cycles = FIRST_CYCLES
         self.retries = 0
+        self._spun_at = 0.0
         self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
 
     def __call__(self) -> float:
@@ -109,6 +120,7 @@ class DeviceClock:
         self.driver.spin(LEAD_CYCLES)
         self._before.record()
         self.driver.spin(self.cycles)
+        self._spun_at = self.driver.host_time()
 
     def sample(self, subject: Subject) -> Sample:
         """Time one call; `prepare` comes right before. A late round is measured again behind a longer spin."""
@@ -120,14 +132,17 @@ class DeviceClock:
             host = self.driver.host_time() - enqueued
             self._stop.record()
             late = self._start.query()
+            used = self.driver.host_time() - self._spun_at
             self._stop.synchronize()
+            spin_seconds = self._before.elapsed_time(self._start) * 1e-3 - self.empty_spin
             seconds, late = self.agree(self._start.elapsed_time(self._stop) * 1e-3 - self.overhead, late)
+            if late or used > TIGHT * spin_seconds:
+                self.cycles = min(2 * spun, MAX_CYCLES)
             if not late or spun >= MAX_CYCLES:
                 break
-            self.cycles = min(2 * spun, MAX_CYCLES)
             self.retries += 1
             self.prepare()
-        sample = Sample(seconds, host, spun / (self._before.elapsed_time(self._start) * 1e3), late)
+        sample = Sample(seconds, host, spun / spin_seconds * 1e-6, late)
         subject.samples.append(sample)
         self.now += seconds
         return sample
@@ -177,9 +192,10 @@ def median_seconds(clock: Clock, call: Callable[[], Any], rounds: int, warmup: i
 
 
 class Overhead(NamedTuple):
-    """What the two events of a bracket add to the kernel between them."""
+    """What the two events of a bracket add to the kernel between them, and what they read around an empty spin."""
 
     seconds: float
+    empty_spin: float
     source: str
 
 
@@ -189,5 +205,6 @@ def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overh
     bracket = median_seconds(clock, lambda: driver.spin(0), rounds=50, warmup=10)
     kernel = spin_seconds()
     if kernel is None:
-        return Overhead(median_seconds(clock, lambda: None, rounds=50), "empty bracket: the profiler gave no kernel times")
-    return Overhead(max(0.0, bracket - kernel), "bracket around an empty spin, minus that kernel in CUPTI")
+        empty = median_seconds(clock, lambda: None, rounds=50)
+        return Overhead(empty, bracket, "empty bracket: the profiler gave no kernel times")
+    return Overhead(max(0.0, bracket - kernel), bracket, "bracket around an empty spin, minus that kernel in CUPTI")

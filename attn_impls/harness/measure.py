@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from .clock import CPU_ROUND_SECONDS, Clock, Sample, Subject
+from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, HostClock, Sample, Subject
 
 ROUND_BUDGET_SECONDS = 2.0
 MAX_ROUNDS, MIN_ROUNDS = 100, 20
 WARMUP_SECONDS = 0.2
 MIN_WARMUP, MAX_WARMUP = 3, 10
+ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
 THROTTLED = 0.95  # p5 of the SM clock below this share of its median
 
 
@@ -113,7 +114,6 @@ def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
     ratio = paired_ratio(timing)
     return {
         "timer": clock.timer,
-        "host_us": statistics.median(sample.host_seconds for sample in samples) * 1e6,
         "overhead_us": clock.overhead * 1e6,
         "raw_median_us": (timing.median + clock.overhead) * 1e6,
         "host_bound": sum(sample.late for sample in samples) > len(samples) / 2,
@@ -127,6 +127,28 @@ def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
         "vs_sdpa_ci_low": ratio and ratio[1],
         "vs_sdpa_ci_high": ratio and ratio[2],
     }
+
+
+def enqueue_seconds(call: Callable[[], Any], clock: Clock) -> float:
+    """What one call costs the CPU: the median of calls enqueued one after another behind a busy device.
+
+    Apart from the timed rounds, where each call follows a synchronisation and finds the CPU's caches cold. On a CPU it
+    is the call itself.
+    """
+    subject = Subject(call)
+    clock.prepare()
+    calls = round(min(50, max(5, ENQUEUE_SECONDS / max(clock.sample(subject).seconds, 1e-6))))
+    if isinstance(clock, HostClock):
+        return statistics.median(clock.sample(subject).seconds for _ in range(calls))
+    times = []
+    for first in range(0, calls, 10):
+        clock.quiet()
+        clock.driver.spin(MAX_CYCLES)
+        for _ in range(min(10, calls - first)):
+            started = clock.driver.host_time()
+            call()
+            times.append(clock.driver.host_time() - started)
+    return statistics.median(times)
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,8 @@ from .inputs import Inputs
 # (query, key) pairs computed exactly, over batch and heads; beyond that, sampled query rows
 MAX_PAIRS = {"cuda": 2**32, "cpu": 2**25}
 CHUNK_BYTES = 2**30
-# A row may err by this multiple of max(the plain row's error, its RMS over rows, one unit roundoff). In bf16, honest
-# variants that round elsewhere reach 2.2 of that, a scale wrong by 2 % at least 9.
+# A row may err by this multiple of its honest error: the largest of the plain runs' errors in it, their RMS over all
+# rows, the first-order rounding error, and one unit roundoff.
 TOLERANCE = 3.0
 PLAIN = ("scores", "inputs")  # the plain ways: scale the scores, or scale q and k by its root as SDPA's math path does
 
@@ -54,40 +55,62 @@ class Reference:
 def reference(w: Workload, inputs: Inputs, seed: int = 0) -> Reference:
     """Compute the oracle and the budget for some inputs, on the inputs' device."""
     rows = sample_rows(w, inputs.q.device.type, seed)
-    out = attend(w, inputs, rows, torch.float64)
+    out, rounding = _exact(w, inputs, rows)
     norm = out.norm(dim=-1)
     # a row that sees no key has the answer 0: judge it against the size of the others
     norm = torch.where(norm > 0, norm, norm[norm > 0].mean() if bool((norm > 0).any()) else torch.ones_like(norm))
-    errors = [(attend(w, inputs, rows, w.dtype, scaled).double() - out).norm(dim=-1) / norm for scaled in PLAIN]
-    error = torch.maximum(*errors)
-    floor = max(float(error.square().mean().sqrt()), torch.finfo(w.dtype).eps / 2)
-    return Reference(rows, out, norm, TOLERANCE * error.clamp(min=floor))
+    scale = rounding / norm
+    for scaled in PLAIN:
+        error = (attend(w, inputs, rows, w.dtype, scaled).double() - out).norm(dim=-1) / norm
+        scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
+    return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=torch.finfo(w.dtype).eps / 2))
 
 
 def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
     """Attention written plainly in a dtype, for all query rows or some, [B, H, R, DV]. Rows that see no key are 0."""
+    out = [weights @ v for _, weights, v in _chunks(w, inputs, rows, dtype, scaled)]
+    return torch.cat(out).reshape(w.batch, w.heads, -1, w.v_head_dim)
+
+
+def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float64 answer, and to first order the size of the error that rounding in the workload's dtype makes in each row.
+
+    With unit roundoff u, a score s rounded twice is off by u·|s|·√⅔ and a weight p rounded once by u·p/√3 (root mean
+    square); each moves the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be
+    lucky; this cannot.
+    """
+    outs, roundings = [], []
+    for scores, weights, v in _chunks(w, inputs, rows, torch.float64, "scores"):
+        out = weights @ v  # [n, G, R, DV]
+        spread = (weights.square() * (scores.square() * (2 / 3) + 1 / 3)).float()
+        basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
+        moved = (spread @ basis).double()  # Σ of v, of |v|² and of 1, weighted
+        squares = moved[..., -2] - 2 * (moved[..., :-2] * out).sum(-1) + moved[..., -1] * out.square().sum(-1)
+        outs.append(out)
+        roundings.append(squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2))
+    shape = (w.batch, w.heads, -1)
+    return torch.cat(outs).reshape(*shape, w.v_head_dim), torch.cat(roundings).reshape(shape)
+
+
+def _chunks(
+    w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Scores before masking and softmax weights [n, G, R, Skv], and v [n, 1, Skv, DV], for some KV heads at a time."""
     q = inputs.q if rows is None else inputs.q[:, :, rows]
     length = q.shape[2]
     q = q.reshape(w.batch * w.kv_heads, w.group, length, w.head_dim)
-    k, v = (t.flatten(0, 1) for t in (inputs.k, inputs.v))  # [B·KV, Skv, D]
+    k, v = (t.flatten(0, 1)[:, None] for t in (inputs.k, inputs.v))  # [B·KV, 1, Skv, D]
     mask = w.mask(q.device, rows)
     hidden = None if mask is None else ~mask
-    out = torch.empty(w.batch * w.kv_heads, w.group, length, w.v_head_dim, dtype=dtype, device=q.device)
-    step = max(1, CHUNK_BYTES // (w.group * length * w.kv_len * 8))
     before, after = (1.0, w.scale) if scaled == "scores" else (w.scale**0.5, 1.0)
+    step = max(1, CHUNK_BYTES // (w.group * length * w.kv_len * 8))
     for first in range(0, len(q), step):
         chunk = slice(first, first + step)
-        keys = k[chunk, None].to(dtype) * before
-        scores = (q[chunk].to(dtype) * before) @ keys.transpose(-2, -1) * after  # [n, G, R, Skv]
+        scores = (q[chunk].to(dtype) * before) @ (k[chunk].to(dtype) * before).transpose(-2, -1) * after
         if w.softcap:
             scores = torch.tanh(scores / w.softcap) * w.softcap
-        if hidden is not None:
-            scores.masked_fill_(hidden, float("-inf"))
-        weights = torch.softmax(scores, -1)
-        if w.blind_rows:
-            weights = weights.nan_to_num_(0.0)
-        out[chunk] = weights @ v[chunk, None].to(dtype)
-    return out.reshape(w.batch, w.heads, length, w.v_head_dim)
+        weights = torch.softmax(scores if hidden is None else scores.masked_fill(hidden, float("-inf")), -1)
+        yield scores, weights.nan_to_num_(0.0) if w.blind_rows else weights, v[chunk].to(dtype)
 
 
 def sample_rows(w: Workload, device: str, seed: int) -> torch.Tensor | None:

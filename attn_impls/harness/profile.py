@@ -93,7 +93,19 @@ def kernel_names(call: Callable[[], Any], device: str) -> list[str]:
     for operations in device_operations(call):
         for operation in operations:
             seconds[operation.name] = seconds.get(operation.name, 0.0) + operation.stop - operation.start
-    return sorted(seconds, key=lambda name: -seconds[name])
+    return [short(name) for name in sorted(seconds, key=lambda name: -seconds[name])]
+
+
+def short(name: str) -> str:
+    """A demangled name without its return type and its last argument list, which repeats the template's arguments."""
+    depth, end = 0, len(name)
+    if name.endswith(")"):
+        for position in range(len(name) - 1, -1, -1):
+            depth += {")": 1, "(": -1}.get(name[position], 0)
+            if depth == 0:
+                end = position
+                break
+    return name[: end or len(name)].removeprefix("void ")
 
 
 def chosen(kernels: list[str]) -> str:

@@ -41,7 +41,7 @@ class Session:
     def clock(self) -> Clock:
         if self.device == "cpu":
             return HostClock()
-        return DeviceClock(self._driver, self.overhead.seconds)
+        return DeviceClock(self._driver, self.overhead.seconds, self.overhead.empty_spin)
 
     @cached_property
     def overhead(self) -> Overhead:
@@ -114,7 +114,7 @@ class Session:
             yield
             failure = None
         except Unsupported as error:
-            pytest.skip(f"{case.implementation.name}: {error}")
+            raise pytest.skip.Exception(f"{case.implementation.name}: {error}") from None
         except CaseFailed as error:
             failure = error
         release(self.device, failure)
@@ -123,7 +123,7 @@ class Session:
         if isinstance(failure, DeviceLost):
             self.lost = str(failure).splitlines()[0]
         if failure:
-            pytest.fail(str(failure), pytrace=False)
+            raise pytest.fail.Exception(str(failure), pytrace=False) from None
 
     def _prepare(self, case: Case, problem: Problem) -> Kernel:
         """Build the case's kernel, and check it unless this session has."""
@@ -141,6 +141,7 @@ class Session:
         call = partial(kernel, *inputs)
         with guard(case, "kernel"):
             peak = measure.peak_bytes(call, self.device)
+            enqueue = measure.enqueue_seconds(call, self.clock)
             timing = measure.run(
                 benchmark,
                 self.clock,
@@ -155,7 +156,7 @@ class Session:
         self._reject_impossible(case, timing.median, benchmark)
         benchmark.extra_info.update(self._describe(case, timing.median, verdict))
         benchmark.extra_info.update(measure.facts(timing, self.clock))
-        benchmark.extra_info.update(build_s=build_seconds, peak_bytes=peak, kernels=kernels)
+        benchmark.extra_info.update(build_s=build_seconds, host_us=enqueue * 1e6, peak_bytes=peak, kernels=kernels)
         if case.implementation.dispatches:
             benchmark.extra_info["chosen"] = profile.chosen(kernels)
         if case.implementation.name == "sdpa":
