@@ -36,11 +36,21 @@ class Verdict:
         return ""
 
     @property
+    def sdpa_is_wrong(self) -> bool:
+        """Whether SDPA itself fails the oracle: then nothing should be held against it, or timed against it."""
+        return self.sdpa_error_over_budget is not None and self.sdpa_error_over_budget > 1
+
+    @property
+    def disqualified(self) -> str:
+        """Why the kernel must not be timed, or ""."""
+        return self.failure or ("" if self.sdpa_is_wrong else self.sdpa_failure)
+
+    @property
     def sdpa_failure(self) -> str:
         """Why the output is not close to SDPA's, or ""; names SDPA where SDPA is the one that is wrong."""
         if self.complaint:
             return self.complaint
-        if self.sdpa_error_over_budget is not None and self.sdpa_error_over_budget > 1:
+        if self.sdpa_is_wrong:
             return f"cannot be compared: SDPA itself fails the oracle ({self.sdpa_error_over_budget:.3g} × the budget)"
         if self.sdpa_over_budget is not None and self.sdpa_over_budget > 1:
             return f"differs from SDPA: its worst row is {self.sdpa_over_budget:.3g} × both budgets away"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
+import traceback
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -117,6 +118,7 @@ class Session:
             raise pytest.skip.Exception(f"{case.implementation.name}: {error}") from None
         except CaseFailed as error:
             failure = error
+            traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
         release(self.device, failure)
         if isinstance(failure, Broken):
             self.broken[case.implementation.name] = str(failure).splitlines()[0]
@@ -135,8 +137,8 @@ class Session:
     def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
         kernel = self._prepare(case, problem)
         verdict, build_seconds = self._checked[case]
-        if verdict.failure or verdict.sdpa_failure:
-            raise CaseFailed(f"{case.implementation.name} {verdict.failure or verdict.sdpa_failure}; it is not timed")
+        if verdict.disqualified:
+            raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
         inputs = problem.plain.as_layout(case.implementation.layout)
         call = partial(kernel, *inputs)
         with guard(case, "kernel"):
@@ -146,7 +148,7 @@ class Session:
                 benchmark,
                 self.clock,
                 call,
-                self._baseline(case, problem),
+                None if verdict.sdpa_is_wrong else self._baseline(case, problem),
                 self.selection.rounds,
                 self.selection.warmup_rounds,
             )
