@@ -1,0 +1,276 @@
+"""pytest under torchrun: what rank 0 alone does, and what all ranks decide together. Without torchrun, how to get there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from . import matrix, options, workers
+from .ranks import Outcome, Ranks, blamed, launched
+from .session import Session
+from .termination import Termination
+
+T = TypeVar("T")
+
+HOW = "torchrun --nproc-per-node N -m pytest -m distributed"
+# what only rank 0 may do: write files and compare with them
+RANK_0_ONLY = {
+    "benchmark_json": None,
+    "benchmark_save": None,
+    "benchmark_autosave": None,
+    "benchmark_compare": None,
+    "benchmark_compare_fail": [],
+    "benchmark_histogram": None,
+    "xmlpath": None,
+}
+SAME_ORDER = {"randomly_reorganize": False, "random_order_bucket": "none"}  # of pytest-randomly and pytest-random-order
+REORDERING = ("lfplugin", "nfplugin", "stepwiseplugin")  # of pytest's cache, which ranks would read while others write it
+LOGS_KEPT = 64
+
+
+def meet(config: pytest.Config) -> Ranks | None:
+    """Under torchrun, meet the other ranks; None without it. Raises pytest.UsageError."""
+    if not launched():
+        config.pluginmanager.register(WithoutTorchrun(), "attention-without-torchrun")
+        return None
+    if workers.in_parallel(config):
+        raise pytest.UsageError("pytest-xdist (-n) and torchrun do not go together: xdist's workers would all be one rank")
+    for name, value in SAME_ORDER.items():
+        if hasattr(config.option, name):
+            setattr(config.option, name, value)
+    for name in REORDERING:
+        config.pluginmanager.set_blocked(name)
+    if int(os.environ["RANK"]):
+        _quiet(config)
+    return Ranks(options.read_options(config)["rank_timeout"])
+
+
+def agreed(ranks: Ranks | None, resolve: Callable[[], T]) -> T:
+    """What `resolve` returns, if it raises pytest.UsageError on no rank; else the same UsageError on all."""
+    if ranks is None:
+        return resolve()
+    mine, result = Outcome(), None
+    try:
+        result = resolve()
+    except pytest.UsageError as error:
+        mine = Outcome("failed", str(error))
+    if failed := blamed(ranks.exchange(mine), "failed"):
+        raise pytest.UsageError(failed)
+    return result  # type: ignore[return-value]
+
+
+def connect(config: pytest.Config, session: Session) -> None:
+    """Give each rank its device, make the process groups, and take over pytest's decisions."""
+    ranks = session.ranks
+    if ranks is None:
+        return
+    agreed(ranks, lambda: _take_device(session.device, ranks.local_rank))
+    ranks.connect(session.device)
+    hooks = RankHooks(config, session, ranks)
+    config.pluginmanager.register(hooks, "attention-ranks")
+    _own_tmp_path(config, ranks, hooks)
+
+
+def _take_device(device: str, local_rank: int) -> None:
+    if device != "cuda":
+        return
+    if local_rank >= torch.cuda.device_count():
+        raise pytest.UsageError(
+            f"more ranks than GPUs on this machine: give --nproc-per-node {torch.cuda.device_count()} at most, or --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _quiet(config: pytest.Config) -> None:
+    """Let this rank write to a log of its own, and to no other file."""
+    folder = Path(config.rootpath) / ".benchmarks" / "ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("*.log"))[:-LOGS_KEPT]:
+        old.unlink(missing_ok=True)
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-rank{os.environ['RANK']}.log"
+    # pytest's reporter takes sys.stdout when it is made, which is after this
+    sys.stdout = sys.stderr = (folder / name).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115  (for the whole run)
+    for option, value in RANK_0_ONLY.items():
+        if hasattr(config.option, option):
+            setattr(config.option, option, value)
+
+
+def _own_tmp_path(config: pytest.Config, ranks: Ranks, hooks: RankHooks) -> None:
+    """Put each rank's tmp_path below one folder that rank 0 names, so that no two ranks number and clean the same."""
+    given = config.option.basetemp
+    base = Path(ranks.decided(str(given or tempfile.mkdtemp(prefix="attn-impls-ranks-"))))
+    base.mkdir(parents=True, exist_ok=True)
+    config.option.basetemp = base / f"rank{ranks.rank}"
+    hooks.temporary = None if given else base
+
+
+class WithoutTorchrun:
+    """Leaves the distributed tests out, and says how to run them."""
+
+    def __init__(self) -> None:
+        self.left_out = 0
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        gone = [item for item in items if item.get_closest_marker("distributed")]
+        self.left_out = len(gone)
+        if gone:
+            config.hook.pytest_deselected(items=gone)
+            items[:] = [item for item in items if not item.get_closest_marker("distributed")]
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.left_out:
+            terminalreporter.write_line(f"{self.left_out} distributed tests left out; run them with: {HOW}")
+
+
+class RankHooks:
+    """pytest's hooks on one rank of several: every decision is one that all ranks make together."""
+
+    def __init__(self, config: pytest.Config, session: Session, ranks: Ranks):
+        self.config, self.session, self.ranks = config, session, ranks
+        self.temporary: Path | None = None
+        self.collection_errors: list[str] = []
+        self.nothing_ran = False
+        self.status = 1
+        self.lost = ""
+        self.stderr = os.dup(2)  # the real one: pytest captures 2 while a test runs
+        self.termination = Termination(self._told_to_end, self._last_words) if ranks.rank == 0 else None
+        ranks.on_stall = self._on_stall  # type: ignore[method-assign]
+
+    def pytest_report_header(self) -> str:
+        ranks = self.ranks
+        return f"ranks: {ranks.size} on {ranks.nodes} node{'s' * (ranks.nodes != 1)}, {ranks.backend}, waiting {ranks.timeout:g} s"
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.collection_errors.append(f"{report.nodeid}: {report.longrepr}")
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if config.option.markexpr:
+            return
+        gone = [item for item in items if not item.get_closest_marker("distributed")]
+        if gone:
+            config.hook.pytest_deselected(items=gone)
+            items[:] = [item for item in items if item.get_closest_marker("distributed")]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        nodeids = [item.nodeid for item in session.items]
+        digest = hashlib.sha256("\n".join(nodeids).encode()).hexdigest()
+        if len(set(self.ranks.exchange((len(nodeids), digest)))) == 1:
+            return
+        everyone = self.ranks.exchange((nodeids, self.collection_errors))
+        pytest.exit(_difference(everyone), returncode=4)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self.ranks.phase = f"{item.nodeid} (setup)"
+        if self.ranks.poison:
+            pytest.fail(self.ranks.poison, pytrace=False)
+
+    # innermost, so that every other wrapper sees the outcome that the ranks agreed on
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
+        report: Any = yield
+        self.ranks.phase = f"{item.nodeid} ({report.when})"
+        outcomes = self.ranks.exchange(_outcome(report))
+        for kind in ("failed", "skipped"):
+            reason = blamed(outcomes, kind)
+            if reason and report.outcome != kind:
+                report.outcome = kind
+                report.longrepr = reason if kind == "failed" else (str(item.path), item.location[1] or 0, f"Skipped: {reason}")
+            elif kind == "failed" and reason and len({outcome.text for outcome in outcomes}) > 1:
+                report.sections.append(("by rank", reason))
+            if reason:
+                break
+        benchmark = getattr(item, "funcargs", {}).get("benchmark")
+        if report.failed and benchmark is not None:
+            benchmark.has_error = True  # or rank 0 would save what another rank disowned
+        return report
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Also where pytest.exit ends up, and with it a rank that was lost."""
+        self._end_early(str(excinfo.value) or type(excinfo.value).__name__)
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self._end_early(str(excrepr))
+
+    def _end_early(self, why: str) -> None:
+        self.lost = why
+        self.ranks.leave(why)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self.nothing_ran = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+        if self.nothing_ran:  # torchrun takes every other status for a crash
+            session.exitstatus = pytest.ExitCode.OK
+        self.status = int(session.exitstatus)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.nothing_ran:
+            terminalreporter.write_line("no distributed test was selected: nothing ran (exit 0, or torchrun would report a crash)")
+        matrix.write(terminalreporter, self.session)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        clean = not self.lost and not self.ranks.poison
+        self.ranks.close(clean)
+        if self.termination:
+            self.termination.finished.set()
+        if self.temporary and self.ranks.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if not clean:  # the groups hold threads that may never end, and would abort this process as it goes
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.status or 1)
+
+    def _told_to_end(self) -> None:
+        self.ranks.ending = "torchrun told this run to end (SIGTERM)"
+
+    def _last_words(self) -> None:
+        """The process ends without pytest's own ending: say who is gone, and keep what is finished."""
+        gone = self.ranks.gone()
+        self._say(f"\n\nEND of rank 0 in {self.ranks.phase}: {self.ranks.ending or 'a rank is stuck'}")
+        for rank, why in gone.items():
+            self._say(f"rank {rank}: {why}")
+        self.session.journal.keep(self.config.getoption("benchmark_json", None), self._say)
+
+    def _on_stall(self, why: str) -> None:
+        self.ranks.leave(why)
+        if self.ranks.rank == 0:
+            time.sleep(2.0)  # whoever is stuck with us says so now
+            self._say(f"\n\nrank 0: {why}")
+            self._last_words()
+        os._exit(1)
+
+    def _say(self, text: str) -> None:
+        os.write(self.stderr, f"{text}\n".encode())
+
+
+def _outcome(report: Any) -> Outcome:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return Outcome("skipped", report.longrepr[2].removeprefix("Skipped: "))
+    text = str(report.longrepr) if report.failed else ""
+    output = "".join(f"\n--- {title} ---\n{content}" for title, content in report.sections if report.failed and content)
+    return Outcome(report.outcome, text + output)
+
+
+def _difference(everyone: list[tuple[list[str], list[str]]]) -> str:
+    """What each rank collected that rank 0 did not, and the other way round."""
+    lines = ["the ranks collected different tests:"]
+    first = everyone[0][0]
+    for rank, (nodeids, errors) in enumerate(everyone):
+        extra = [nodeid for nodeid in nodeids if nodeid not in set(first)]
+        lacking = [nodeid for nodeid in first if nodeid not in set(nodeids)]
+        lines.append(f"rank {rank}: {len(nodeids)} tests" + (", in another order" if not extra and not lacking and nodeids != first else ""))
+        lines += [f"  only there: {nodeid}" for nodeid in extra[:5]] + [f"  not there: {nodeid}" for nodeid in lacking[:5]]
+        lines += [f"  {error}" for error in errors]
+    return "\n".join(lines)
