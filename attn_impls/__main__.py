@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         {"journal": _journal, "show": _show, "list": _list}[given.command](given)
+    except BrokenPipeError:  # | head
+        sys.stderr.close()
     except (ValueError, OSError) as error:
         print(f"python -m attn_impls {given.command}: {error}", file=sys.stderr)
         return 2
@@ -38,28 +40,28 @@ def _journal(given: argparse.Namespace) -> None:
 
 
 def _show(given: argparse.Namespace) -> None:
-    text = Path(given.run).read_text(encoding="utf-8")
     try:
-        document = json.loads(text)
+        document = json.loads(Path(given.run).read_text(encoding="utf-8"))
         ours = [benchmark for benchmark in document["benchmarks"] if "workload" in benchmark["extra_info"]]
         machine = environment.describe(document["machine_info"], {})
-    except (json.JSONDecodeError, KeyError, TypeError):
+        lines = summary.render(ours, {}, machine, shutil.get_terminal_size().columns)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{given.run!r} is not a JSON file of pytest-benchmark") from None
     if not ours:
         raise ValueError(f"{given.run!r} holds no result of this suite")
-    for line in summary.render(ours, {}, machine, shutil.get_terminal_size().columns):
+    for line in lines:
         print(line.text)
 
 
 def _list(given: argparse.Namespace) -> None:  # noqa: ARG001  (the commands share a signature)
     print("presets")
     for name, (identity, source) in PRESETS.items():
-        print(f"  {name:<20} {identity:<40} {source}")
+        print(f"  {name:<26} {identity:<50} {source}")
     print("implementations")
     for implementation in discover().values():
         reason = "" if not implementation.dists or implementation.dist else implementation.unavailable(implementation.devices[0])
         library = f"{implementation.dist or 'torch'} {implementation.version}".strip()
-        print(f"  {implementation.name:<20} {reason or library}")
+        print(f"  {implementation.name:<26} {reason or library}")
 
 
 if __name__ == "__main__":

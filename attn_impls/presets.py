@@ -4,13 +4,73 @@ from __future__ import annotations
 
 from .workload import Workload
 
-# name: (id, where the numbers come from)
+# name: (id, where the numbers come from). S of a model is a typical one; heads, dims, windows and caps are its config's.
 PRESETS: dict[str, tuple[str, str]] = {
     "seed": ("b1-h32-s8192-d128-bf16", "the comparison this project grew from: batch 1, seq 8192, embed 4096, 32 heads"),
     "seed-causal": ("b1-h32-s8192-d128-causal-bf16", "the same with a causal mask"),
-    "llama3-8b-prefill": ("b1-h32kv8-s8192-d128-causal-bf16", "meta-llama/llama-models, Llama 3 8B: 32 heads, 8 KV heads"),
     "small": ("b8-h16-s512-d64-bf16", "launch-bound: short sequences, where host time decides"),
     "odd": ("b2-h6kv3-s1023-d64-causal-bf16", "no size a multiple of a tile, as in FlashAttention's tests"),
+    # language models
+    "gpt2": ("b8-h12-s1024-d64-causal-bf16", "openai-community/gpt2 config: n_head 12, n_embd 768, n_ctx 1024"),
+    "llama3-8b-prefill": ("b1-h32kv8-s8192-d128-causal-bf16", "meta-llama/llama-models, Llama 3 8B: 32 heads, 8 KV heads"),
+    "llama3-8b-decode": ("b64-h32kv8-q1kv8192-d128-causal-bf16", "the same, one token for each of 64 sequences"),
+    "llama3-70b-prefill": ("b1-h64kv8-s8192-d128-causal-bf16", "meta-llama/llama-models, Llama 3 70B: 64 heads, 8 KV heads"),
+    "llama3-70b-prefill-tp8": ("b1-h8kv1-s8192-d128-causal-bf16", "one rank of eight of it"),
+    "llama3-405b-prefill": (
+        "b1-h128kv8-s8192-d128-causal-bf16",
+        "meta-llama/llama-models, Llama 3.1 405B: 128 heads, 8 KV heads",
+    ),
+    "llama3-405b-prefill-tp8": ("b1-h16kv1-s8192-d128-causal-bf16", "one rank of eight of it"),
+    "qwen2.5-7b": ("b1-h28kv4-s8192-d128-causal-bf16", "Qwen/Qwen2.5-7B config: 28 heads, 4 KV heads, hidden 3584"),
+    "qwen3-8b-32k": ("b1-h32kv8-s32768-d128-causal-bf16", "Qwen/Qwen3-8B config: 32 heads, 8 KV heads, head_dim 128"),
+    "mistral-7b": ("b1-h32kv8-s8192-d128-causal-win4096-bf16", "mistralai/Mistral-7B-v0.1 config: sliding_window 4096"),
+    "gemma2-9b-local": (
+        "b1-h16kv8-s8192-d256-causal-win4096-cap50-bf16",
+        "google/gemma-2-9b config: head_dim 256, attn_logit_softcapping 50, sliding_window 4096",
+    ),
+    "gemma2-9b-global": ("b1-h16kv8-s8192-d256-causal-cap50-bf16", "the same, its layers without a window"),
+    "gemma2-27b": (
+        "b1-h32kv16-s8192-d128-causal-cap50-scale144-bf16",
+        "google/gemma-2-27b config: query_pre_attn_scalar 144, attn_logit_softcapping 50",
+    ),
+    "dsv3-mla-prefill": (
+        "b1-h128-s4096-d192v128-causal-bf16",
+        "deepseek-ai/DeepSeek-V3 config: 128 heads, qk_nope 128 + qk_rope 64, v_head_dim 128",
+    ),
+    "dsv3-mla-decode": (
+        "b64-h128kv1-q1kv4096-d576v512-causal-scale192-bf16",
+        "the same with the projections absorbed: kv_lora_rank 512 + qk_rope 64 as one KV head",
+    ),
+    # images, video, audio
+    "flux-1024px": (
+        "b1-h24-s4608-d128-bf16",
+        "black-forest-labs/FLUX.1-dev config: 24 heads of 128; 4096 image + 512 text tokens",
+    ),
+    "wan2.2-a14b": ("b1-h40-s32760-d128-bf16", "Wan-AI/Wan2.2 A14B config: 40 heads, dim 5120; 480p, 81 frames"),
+    "sdxl-self": ("b2-h10-s4096-d64-bf16", "stabilityai/sdxl-base-1.0 UNet: 640 channels in heads of 64, 64 × 64 latents"),
+    "sdxl-cross": ("b2-h10-q4096kv77-d64-bf16", "the same against 77 text tokens"),
+    "sd15-self": ("b2-h8-s4096-d40-bf16", "Stable Diffusion v1 inference config: num_heads 8 of 320 channels, 64 × 64 latents"),
+    "sd15-cross": ("b2-h8-q4096kv77-d40-bf16", "the same against 77 text tokens"),
+    "dit-xl-2-256px": ("b32-h16-s256-d72-bf16", "facebookresearch/DiT DiT-XL/2: hidden 1152, 16 heads, 16 × 16 patches"),
+    "vit-l-16": ("b64-h16-s197-d64-bf16", "google/vit-large-patch16-224: hidden 1024, 16 heads, 196 patches + 1"),
+    "vit-h-14": ("b64-h16-s257-d80-bf16", "google/vit-huge-patch14-224: hidden 1280, 16 heads, 256 patches + 1"),
+    "whisper-large-enc": ("b8-h20-s1500-d64-bf16", "openai/whisper-large config: 20 heads, d_model 1280, 1500 audio positions"),
+    "whisper-large-cross": ("b8-h20-q1kv1500-d64-bf16", "the same, one text token against the audio"),
+}
+PRESETS |= {
+    f"fa-d{d}-s{s}{mask}": (
+        f"b{16384 // s}-h{2048 // d}-s{s}-d{d}{mask}-bf16",
+        "FlashAttention papers: 16384 tokens, hidden 2048",
+    )
+    for d in (64, 128, 256)
+    for s in (512, 1024, 2048, 4096, 8192, 16384)
+    for mask in ("", "-causal")
+}
+PRESETS |= {
+    f"adversarial-{q}x{kv}-d{d}{mask}": (f"b2-h6kv3-q{q}kv{kv}-d{d}{mask}-bf16", "odd sizes from FlashAttention's tests")
+    for q, kv in ((113, 203), (1023, 1024), (799, 3))
+    for d in (64, 96)
+    for mask in ("", "-causal")
 }
 
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")

@@ -80,9 +80,9 @@ class CudaDriver:
         return torch.cuda.Event(enable_timing=True)
 
 
-def alone(seconds: float, late: bool) -> tuple[float, bool]:
+def alone(seconds: float, late: bool, tight: bool) -> tuple[float, bool, bool]:
     """What one process decides about its round; ranks that time together pass a function that takes the maximum."""
-    return seconds, late
+    return seconds, late, tight
 
 
 class DeviceClock:
@@ -96,7 +96,7 @@ class DeviceClock:
         driver: Driver,
         overhead: float = 0.0,
         empty_spin: float = 0.0,
-        agree: Callable[[float, bool], tuple[float, bool]] = alone,
+        agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
     ):
         """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads around a spin of 0 cycles."""
         self.driver, self.overhead, self.empty_spin, self.agree = driver, overhead, empty_spin, agree
@@ -108,6 +108,10 @@ class DeviceClock:
 
     def __call__(self) -> float:
         return self.now
+
+    def reset(self) -> None:
+        """Start another case: with the short spin again, whatever the last one needed."""
+        self.cycles = FIRST_CYCLES
 
     def quiet(self) -> None:
         """Make the L2 cold and wait for the device."""
@@ -135,8 +139,9 @@ class DeviceClock:
             used = self.driver.host_time() - self._spun_at
             self._stop.synchronize()
             spin_seconds = self._before.elapsed_time(self._start) * 1e-3 - self.empty_spin
-            seconds, late = self.agree(self._start.elapsed_time(self._stop) * 1e-3 - self.overhead, late)
-            if late or used > TIGHT * spin_seconds:
+            seconds = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
+            seconds, late, tight = self.agree(seconds, late, used > TIGHT * spin_seconds)
+            if late or tight:
                 self.cycles = min(2 * spun, MAX_CYCLES)
             if not late or spun >= MAX_CYCLES:
                 break
@@ -162,6 +167,9 @@ class HostClock:
 
     def __call__(self) -> float:
         return self.now
+
+    def reset(self) -> None:
+        pass
 
     def prepare(self) -> None:
         pass

@@ -104,16 +104,17 @@ def _nvml_facts() -> dict[str, Any]:
         pynvml.nvmlInit()
     except Exception:  # no driver, or a container that hides it: the numbers stand without it
         return {}
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode())
-    except Exception:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
 
     def ask(function: str, *arguments: Any) -> Any:
         with contextlib.suppress(pynvml.NVMLError):
             return getattr(pynvml, function)(*arguments)
         return None
 
+    # by UUID: CUDA_VISIBLE_DEVICES renumbers the devices for CUDA, not for NVML
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    handle = ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}".encode())
+    if handle is None:
+        return {"driver": None}
     driver, ecc = ask("nvmlSystemGetDriverVersion"), ask("nvmlDeviceGetEccMode", handle)
     power = ask("nvmlDeviceGetEnforcedPowerLimit", handle)
     processes = ask("nvmlDeviceGetComputeRunningProcesses", handle)

@@ -54,9 +54,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not a journal of this suite: a line is not JSON") from None
     with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line, and only that
         records += [json.loads(line) for line in lines[-1:]]
-    if not records or not isinstance(records[0], dict) or "header" not in records[0]:
+    header = records[0].get("header") if records and isinstance(records[0], dict) else None
+    if not isinstance(header, dict):
         raise ValueError(f"{str(path)!r} is not a journal of this suite: its first line has no header")
-    return {**records[0]["header"], "benchmarks": records[1:]}
+    if not all(isinstance(record, dict) and "stats" in record for record in records[1:]):
+        raise ValueError(f"{str(path)!r} is not a journal of this suite: a line is not a benchmark")
+    return {**header, "benchmarks": records[1:]}
 
 
 def write_json(path: str | Path, document: dict[str, Any]) -> None:
@@ -64,5 +67,9 @@ def write_json(path: str | Path, document: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=4, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(document, indent=4, default=str) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -102,12 +102,15 @@ def physical_bound(w: Workload, direction: str, gpu: Gpu | None, sms: int, max_m
 
 def describe(w: Workload, info: dict) -> str:
     """One line about a workload's limit, from a case's extra_info."""
-    seconds, source = info["limit_s"], info["limit_source"]
+    seconds = info.get("limit_s")
+    if seconds is None:
+        return "limit unknown"
     limit = f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
-    if info["limit_bound"] == "compute":
-        ceiling = f"{DTYPE_NAMES[w.dtype]} matmul ceiling {info['ceiling_tflops']:.3g} TFLOP/s here"
-        datasheet = info["datasheet_tflops"]
+    if info.get("limit_bound") == "memory":
+        what, unit, key, factor, form = "copy", "GB/s", "tb_per_s", 1e3, ".4g"
     else:
-        ceiling = f"copy ceiling {info['ceiling_tb_per_s'] * 1e3:.4g} GB/s here"
-        datasheet = info["datasheet_tb_per_s"] and info["datasheet_tb_per_s"] * 1e3
-    return f"limit {limit} ({ceiling}" + (f", {datasheet:.4g} datasheet)" if source == "datasheet" else ")")
+        what, unit, key, factor, form = f"{DTYPE_NAMES[w.dtype]} matmul", "TFLOP/s", "tflops", 1, ".3g"
+    ceiling, datasheet = info.get(f"ceiling_{key}"), info.get(f"datasheet_{key}")
+    known = [f"{what} ceiling {ceiling * factor:{form}} {unit} here"] if ceiling else []
+    known += [f"{datasheet * factor:.4g} datasheet"] if datasheet else []
+    return f"limit {limit}" + (f" ({', '.join(known)})" if known else "")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, HostClock, Sample, Subject
+from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, DeviceClock, HostClock, Sample, Subject
 
 ROUND_BUDGET_SECONDS = 2.0
 MAX_ROUNDS, MIN_ROUNDS = 100, 20
@@ -44,10 +44,12 @@ def run(
     warmup_rounds: int | None = None,
 ) -> Timing:
     """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones."""
+    clock.reset()
     subject, other = Subject(call), Subject(baseline) if baseline else None
     planned, warmup = _plan(clock, subject, other)
     rounds = rounds or planned
     warmup = warmup if warmup_rounds is None else warmup_rounds
+    timed = slice(len(subject.samples) + warmup, len(subject.samples) + warmup + rounds)  # --benchmark-cprofile adds more
     count = 0
 
     def measure_baseline() -> None:
@@ -72,7 +74,7 @@ def run(
     except BaseException:  # pytest-benchmark would save the rounds before a Ctrl-C as if they were all
         benchmark.has_error = True
         raise
-    return Timing(subject.samples[-rounds:], other.samples[-rounds:] if other else None, clock.retries - retries)
+    return Timing(subject.samples[timed], other.samples[timed] if other else None, clock.retries - retries)
 
 
 def _plan(clock: Clock, subject: Subject, other: Subject | None) -> tuple[int, int]:
@@ -98,9 +100,9 @@ def paired_ratio(timing: Timing) -> tuple[float, float, float] | None:
         return None
     pairs = zip(timing.baseline, timing.samples, strict=True)
     ratios = sorted(base.seconds / sample.seconds for base, sample in pairs if sample.seconds > 0)
-    if not ratios:
-        return None
     n = len(ratios)
+    if n < 6:  # no two order statistics of fewer enclose the median in 95 % of cases
+        return None
     low = max(0, math.floor(n / 2 - 1.96 * math.sqrt(n) / 2) - 1)
     return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 
@@ -118,6 +120,7 @@ def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
         "raw_median_us": (timing.median + clock.overhead) * 1e6,
         "host_bound": sum(sample.late for sample in samples) > len(samples) / 2,
         "late_rounds": sum(sample.late for sample in samples),
+        "late_baseline_rounds": sum(sample.late for sample in timing.baseline or []),
         "remeasured_rounds": timing.retries,
         "cold_l2": clock.cold_l2,
         "sm_mhz_median": median_mhz if clocked else None,
@@ -129,17 +132,19 @@ def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
     }
 
 
-def enqueue_seconds(call: Callable[[], Any], clock: Clock) -> float:
+def cost(call: Callable[[], Any], clock: Clock, seconds: float) -> dict[str, Any]:
+    """What a call of known time costs besides it: host_us and peak_bytes; on a CPU, the call itself and None."""
+    if isinstance(clock, HostClock):
+        return {"host_us": seconds * 1e6, "peak_bytes": None}
+    return {"host_us": enqueue_seconds(call, clock, seconds) * 1e6, "peak_bytes": peak_bytes(call)}
+
+
+def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float) -> float:
     """What one call costs the CPU: the median of calls enqueued one after another behind a busy device.
 
-    Apart from the timed rounds, where each call follows a synchronisation and finds the CPU's caches cold. On a CPU it
-    is the call itself.
+    Apart from the timed rounds, where each call follows a synchronisation and finds the CPU's caches cold.
     """
-    subject = Subject(call)
-    clock.prepare()
-    calls = round(min(50, max(5, ENQUEUE_SECONDS / max(clock.sample(subject).seconds, 1e-6))))
-    if isinstance(clock, HostClock):
-        return statistics.median(clock.sample(subject).seconds for _ in range(calls))
+    calls = round(min(50, max(5, ENQUEUE_SECONDS / max(seconds, 1e-6))))
     times = []
     for first in range(0, calls, 10):
         clock.quiet()
@@ -151,10 +156,8 @@ def enqueue_seconds(call: Callable[[], Any], clock: Clock) -> float:
     return statistics.median(times)
 
 
-def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """The most memory one call holds beyond its inputs, the output included; None on a CPU, where nothing counts it."""
-    if device != "cuda":
-        return None
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most device memory one call holds beyond its inputs, the output included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -118,7 +118,9 @@ def note_report(item: pytest.Item, report: pytest.TestReport) -> None:
     if case and report.skipped and isinstance(report.longrepr, tuple):
         session.not_run.setdefault(case, report.longrepr[2].removeprefix("Skipped: "))
     if case and report.failed:
-        session.not_run[case] = f"FAILED: {str(report.longrepr).strip().splitlines()[0].removeprefix(f'{case[1]} ')}"
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
+        session.not_run[case] = f"FAILED: {text.removeprefix('AssertionError: ').removeprefix(f'{case[1]} ')}"
     if session.lost and report.failed:
         item.session.shouldfail = f"the CUDA device is lost, nothing more can run: {session.lost}"
 

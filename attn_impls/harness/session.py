@@ -139,32 +139,26 @@ class Session:
         verdict, build_seconds = self._checked[case]
         if verdict.disqualified:
             raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
-        inputs = problem.plain.as_layout(case.implementation.layout)
-        call = partial(kernel, *inputs)
+        call = partial(kernel, *problem.plain.as_layout(case.implementation.layout))
+        baseline = None if verdict.sdpa_is_wrong else self._baseline(case, problem)
+        rounds, warmup = self.selection.rounds, self.selection.warmup_rounds
         with guard(case, "kernel"):
-            peak = measure.peak_bytes(call, self.device)
-            enqueue = measure.enqueue_seconds(call, self.clock)
-            timing = measure.run(
-                benchmark,
-                self.clock,
-                call,
-                None if verdict.sdpa_is_wrong else self._baseline(case, problem),
-                self.selection.rounds,
-                self.selection.warmup_rounds,
-            )
-            if not benchmark.enabled:
-                return
-            kernels = profile.kernel_names(call, self.device)
-        self._reject_impossible(case, timing.median, benchmark)
-        benchmark.extra_info.update(self._describe(case, timing.median, verdict))
-        benchmark.extra_info.update(measure.facts(timing, self.clock))
-        benchmark.extra_info.update(build_s=build_seconds, host_us=enqueue * 1e6, peak_bytes=peak, kernels=kernels)
-        if case.implementation.dispatches:
-            benchmark.extra_info["chosen"] = profile.chosen(kernels)
-        if case.implementation.name == "sdpa":
-            benchmark.extra_info["vs_sdpa"] = 1.0
-        self.results.append(benchmark.stats.as_dict())
-        self.journal.add(self.header, self.results[-1])
+            timing = measure.run(benchmark, self.clock, call, baseline, rounds, warmup)
+        if not benchmark.enabled:
+            return
+        with _nothing_saved_unless_whole(benchmark):
+            self._reject_impossible(case, timing.median)
+            with guard(case, "kernel"):
+                facts = measure.facts(timing, self.clock) | measure.cost(call, self.clock, timing.median)
+                facts["kernels"] = profile.kernel_names(call, self.device)
+            facts |= self._describe(case, timing.median, verdict) | {"build_s": build_seconds}
+            if case.implementation.dispatches:
+                facts["chosen"] = profile.chosen(facts["kernels"])
+            if case.implementation.name == "sdpa":
+                facts["vs_sdpa"] = 1.0
+            benchmark.extra_info.update(facts)
+            self.results.append(benchmark.stats.as_dict())
+            self.journal.add(self.header, self.results[-1])
 
     def _baseline(self, case: Case, problem: Problem) -> Any:
         """The SDPA call to pair with; None for SDPA itself and where SDPA has no right answer to this workload."""
@@ -174,13 +168,12 @@ class Session:
         with guard(sdpa, "builder"), torch.device(self.device):
             return partial(sdpa.implementation(case.workload), *problem.plain)
 
-    def _reject_impossible(self, case: Case, seconds: float, benchmark: Any) -> None:
+    def _reject_impossible(self, case: Case, seconds: float) -> None:
         if self.device != "cuda":
             return
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         bound = limits.physical_bound(case.workload, "forward", self.datasheet, sms, environment.max_sm_mhz())
         if seconds < bound:
-            benchmark.has_error = True
             raise CaseFailed(
                 f"{case.implementation.name} took {seconds * 1e6:.2f} µs, and physics needs {bound * 1e6:.2f} µs: "
                 "timing did not wait for the kernel, or the FLOP count is wrong"
@@ -223,3 +216,13 @@ class Session:
             "seed": self.selection.seed,
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+@contextlib.contextmanager
+def _nothing_saved_unless_whole(benchmark: Any) -> Iterator[None]:
+    """On any exception, a Ctrl-C included, keep pytest-benchmark from saving rounds that lack their rest."""
+    try:
+        yield
+    except BaseException:
+        benchmark.has_error = True
+        raise

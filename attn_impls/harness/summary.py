@@ -62,7 +62,7 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
     fastest = rows[0]["stats"]["median"]
     unit, factor = ("ms", 1e3) if fastest >= 1e-4 else ("µs", 1e6)
     timer = "device" if rows[0]["extra_info"].get("timer") == "device" else "wall"
-    memory_bound = rows[0]["extra_info"]["limit_bound"] == "memory"
+    memory_bound = rows[0]["extra_info"].get("limit_bound") == "memory"
     rate = ("GB/s", "tb_per_s", 1e3) if memory_bound else ("TFLOP/s", "tflops", 1)
 
     def info(key: str, form: Callable[[Any], str]) -> Callable[[Benchmark], str]:
@@ -77,7 +77,7 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
         Column("vs sdpa [95 % CI]", _versus, 2),
         Column("host µs", info("host_us", lambda x: f"{x:.0f}"), 4),
         Column("peak MiB", info("peak_bytes", lambda x: f"{x / 2**20:.0f}"), 5),
-        Column("error", lambda b: f"✓ {b['extra_info']['error_over_budget']:.2f}", 1),
+        Column("error", info("error_over_budget", lambda x: f"✓ {x:.2f}"), 1),
         Column("kernel", lambda b: _short(b["extra_info"].get("kernels") or []), 6, left=True),
     ]
     return columns if timer == "device" else [c for c in columns if c.title not in ("host µs", "peak MiB")]
@@ -85,6 +85,9 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
 
 def _table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[Line]:
     cells = {column: [column.title, *(column.cell(row) for row in rows)] for column in columns}
+    name, seconds = columns[:2]  # which are never cut away
+    longest = max(1, width - 4 - max(map(len, cells[seconds])))
+    cells[name] = [cell if len(cell) <= longest else cell[: longest - 1] + "…" for cell in cells[name]]
 
     def needed() -> int:
         return sum(2 + max(map(len, cells[column])) for column in columns if column.title != "kernel")
@@ -116,9 +119,12 @@ def _versus(benchmark: Benchmark) -> str:
     info = benchmark["extra_info"]
     if info["implementation"] == "sdpa":
         return "baseline"
-    if info.get("vs_sdpa") is None:
-        return "–"
-    return f"{info['vs_sdpa']:.2f}× [{info['vs_sdpa_ci_low']:.2f}, {info['vs_sdpa_ci_high']:.2f}]"
+    ratio, low, high = (info.get(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high"))
+    return "–" if None in (ratio, low, high) else f"{_ratio(ratio)}× [{_ratio(low)}, {_ratio(high)}]"
+
+
+def _ratio(x: float) -> str:
+    return f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
 
 
 def _split(
@@ -144,7 +150,7 @@ def _split(
 def _reasons(reasons: dict[str, str], width: int) -> Iterable[Line]:
     size = max(map(len, reasons), default=0)
     for name, reason in sorted(reasons.items()):
-        text = f"  {name.ljust(size)}  {reason.removeprefix(f'{name}: ')}"
+        text = f"  {name.ljust(size)}  {' '.join(reason.removeprefix(f'{name}: ').split())}"
         failed = reason.startswith("FAILED")
         yield Line(text if len(text) <= width else text[: width - 1] + "…", {"red": True} if failed else {"yellow": True})
 

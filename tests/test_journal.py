@@ -1,0 +1,330 @@
+"""Results that survive a kill, and the commands that turn them into JSON and tables."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from attn_impls.__main__ import main
+from attn_impls.harness import journal
+from attn_impls.harness.journal import KEEP, Journal, read, write_json
+
+HEADER = {
+    "machine_info": {"machine": "x86_64", "cpu": {"brand_raw": "Fake CPU"}, "device": "cpu", "torch": "2.13.0", "threads": 2},
+    "commit_info": {"id": "unversioned"},
+    "datetime": "2026-11-22T10:00:00+00:00",
+    "version": "5.3.1",
+}
+WORKLOAD = "b1-h2-s128-d64-bf16"
+
+
+def case(name, median=1e-4):
+    """pytest-benchmark's dict of a case, as the session gives it to the journal."""
+    stats = dict.fromkeys(("min", "max", "mean", "median", "q1", "q3", "ld15iqr", "hd15iqr"), median)
+    stats |= {"stddev": 0.0, "iqr": 0.0, "rounds": 2, "iterations": 1, "ops": 1 / median, "total": 2 * median}
+    stats |= {"iqr_outliers": 0, "stddev_outliers": 0, "outliers": "0;0", "data": [median, median]}
+    info = {"implementation": name, "workload": WORKLOAD, "timer": "host", "limit_s": median / 2, "limit_bound": "memory"}
+    info |= {"limit_source": "measured", "ceiling_tflops": 1.0, "ceiling_tb_per_s": 0.01, "tb_per_s": 0.005, "tflops": 0.5}
+    info |= {"datasheet_tflops": None, "datasheet_tb_per_s": None, "error_over_budget": 0.25}
+    test = f"test_forward[{WORKLOAD}-{name}]"
+    return {
+        "group": WORKLOAD,
+        "name": test,
+        "fullname": f"tests/test_benchmark.py::{test}",
+        "params": {},
+        "param": f"{WORKLOAD}-{name}",
+        "extra_info": info,
+        "options": {"timer": "host_clock"},
+        "stats": stats,
+    }
+
+
+def written(folder, *names):
+    """The path of a journal with cases of these names."""
+    ours = Journal(folder)
+    for name in names:
+        ours.add(HEADER, case(name))
+    return ours.path
+
+
+def error_of(path):
+    with pytest.raises(ValueError, match="journal") as found:
+        read(path)
+    assert type(found.value) is ValueError
+    assert path.name in str(found.value)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def test_nothing_is_written_before_the_first_case(tmp_path):
+    ours = Journal(tmp_path / "deep" / "journal")
+    assert list(tmp_path.iterdir()) == []
+    assert (ours.path, ours.finished) == (None, 0)
+    ours.add(HEADER, case("one"))
+    assert [ours.path] == list((tmp_path / "deep" / "journal").iterdir())
+
+
+def test_every_case_is_on_disk_as_soon_as_it_is_added(tmp_path):
+    ours = Journal(tmp_path)
+    for n in range(1, 4):
+        ours.add(HEADER, case(f"impl{n}"))
+        assert ours.finished == n
+        assert read(ours.path) == {**HEADER, "benchmarks": [case(f"impl{k}") for k in range(1, n + 1)]}
+
+
+def test_what_json_does_not_know_is_written_as_text(tmp_path):
+    ours = Journal(tmp_path)
+    ours.add(HEADER, case("one") | {"params": {"workload": tmp_path}})
+    assert read(ours.path)["benchmarks"][0]["params"] == {"workload": str(tmp_path)}
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "µs → ✓", "\u2028\x85\x0c", '"}'])
+def test_text_cannot_break_a_line(tmp_path, text):
+    ours = Journal(tmp_path)
+    for _ in range(2):
+        ours.add(HEADER, case("one") | {"group": text})
+    assert [benchmark["group"] for benchmark in read(ours.path)["benchmarks"]] == [text, text]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30, 10_000])
+def test_a_last_line_cut_by_a_kill_is_dropped(tmp_path, cut):
+    path = written(tmp_path, "one", "two", "three")
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = lines[-1][: -min(cut, len(lines[-1]))]
+    path.write_bytes(b"".join(lines[:-1]) + kept)
+    whole = ["one", "two", "three"] if cut == 1 else ["one", "two"]  # a cut that takes the line's end only loses nothing
+    assert [benchmark["extra_info"]["implementation"] for benchmark in read(path)["benchmarks"]] == whole
+
+
+def test_a_header_cut_by_a_kill_is_an_error(tmp_path):
+    path = written(tmp_path, "one")
+    path.write_bytes(path.read_bytes()[:40])
+    assert "header" in error_of(path)
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+@pytest.mark.parametrize("damage", ["", "{", "\x00\x00", '{"group": "b1'])
+def test_a_damaged_line_before_the_last_is_an_error(tmp_path, line, damage):
+    path = written(tmp_path, "one", "two", "three")
+    lines = path.read_text().splitlines()
+    lines[line] = damage
+    path.write_text("\n".join(lines) + "\n")
+    assert "not a journal" in error_of(path)
+
+
+@pytest.mark.parametrize("line", ["null", '"text"', "{}"])
+def test_a_line_that_is_no_benchmark_is_an_error(tmp_path, line):
+    path = written(tmp_path, "one", "two", "three")
+    lines = path.read_text().splitlines()
+    lines[2] = line
+    path.write_text("\n".join(lines) + "\n")
+    assert "not a journal" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"hello\nworld\n",
+        b"[1, 2]\n[3]\n",
+        b"3\n",
+        b"null\n",
+        b'{"benchmarks": []}\n',
+        b'{"header": 3}\n',
+        b'{"header": null}\n',
+        b'{"header": ["machine_info"]}\n',
+        bytes(range(256)),
+        b"\x80\x04\x95pickle",
+        b"\xff\xfe{\x00",
+    ],
+)
+def test_a_foreign_file_is_an_error(tmp_path, content):
+    path = tmp_path / "foreign.jsonl"
+    path.write_bytes(content)
+    assert "not a journal" in error_of(path)
+
+
+def test_pytest_benchmark_s_own_json_is_not_a_journal(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {**HEADER, "benchmarks": [case("one")]})
+    assert "not a journal" in error_of(path)
+
+
+def test_an_absent_file_and_a_folder_are_errors(tmp_path):
+    assert "No such file" in error_of(tmp_path / "absent.jsonl")
+    assert "cannot be read" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("old", [0, 1, KEEP - 1, KEEP, KEEP + 7])
+def test_the_newest_journals_are_kept(tmp_path, old):
+    names = [f"20250101T0000{n:02}-1.jsonl" for n in range(old)]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    path = written(tmp_path, "one", "two")
+    left = sorted(file.name for file in tmp_path.glob("*.jsonl"))
+    assert left == [*names[max(0, old - KEEP + 1) :], path.name]
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_journals_sort_by_their_age(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 9, 30, 23, 59, 59, 2, 273, 0)))
+    first = written(tmp_path, "one")
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 10, 1, 0, 0, 0, 3, 274, 0)))
+    assert sorted([written(tmp_path, "one"), first])[0] == first
+
+
+def test_write_json_writes_whole_documents(tmp_path):
+    path = tmp_path / "deep" / "run.json"
+    write_json(path, {"a": [1, {"µ": tmp_path}]})
+    assert json.loads(path.read_text()) == {"a": [1, {"µ": str(tmp_path)}]}
+    write_json(path, {"b": 2})
+    assert json.loads(path.read_text()) == {"b": 2}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["dumps", "replace"])
+def test_a_failed_write_leaves_the_old_document_and_no_part_of_the_new(tmp_path, monkeypatch, failing):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*{"dumps": (journal.json, "dumps"), "replace": (journal.Path, "replace")}[failing], fail)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"new": 1})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fails(capsys, *arguments):
+    """What a command that ends with 2 says: one line on stderr, nothing on stdout."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith(f"python -m attn_impls {arguments[0]}: ")
+    return err
+
+
+def test_a_journal_becomes_what_pytest_benchmark_would_have_written(tmp_path, capsys):
+    path, output = written(tmp_path, "one", "two"), tmp_path / "deep" / "run.json"
+    assert main(["journal", str(path), "-o", str(output)]) == 0
+    assert json.loads(output.read_text()) == {**HEADER, "benchmarks": [case("one"), case("two")]}
+    assert capsys.readouterr().out == f"2 finished cases: {output}\n"
+
+
+def test_pytest_benchmark_compares_a_journal(tmp_path):
+    ours, output = Journal(tmp_path / "journal"), tmp_path / "run.json"
+    ours.add(HEADER, case("slow", 4e-4))
+    ours.add(HEADER, case("fast", 1e-4))
+    with ours.path.open("a") as file:
+        file.write('{"group": "cut by a ki')
+    assert main(["journal", str(ours.path), "-o", str(output)]) == 0
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", "run.json", "--columns=median,rounds", "--sort=min"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("test_forward[")]
+    assert [(row[0].split("-")[-1].split("]")[0], *row[1:]) for row in rows] == [
+        ("fast", "100.0000", "(1.0)", "2"),
+        ("slow", "400.0000", "(4.00)", "2"),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"hello\nworld\n", b"\x80\x81", b"", b'{"header": 3}\n', None])
+def test_a_bad_journal_ends_with_2_and_writes_nothing(tmp_path, capsys, content):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    assert "bad.jsonl" in fails(capsys, "journal", path, "-o", tmp_path / "run.json")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_an_output_that_cannot_be_written_ends_with_2(tmp_path, capsys):
+    path, folder = written(tmp_path / "journal", "one"), tmp_path / "folder"
+    folder.mkdir()
+    fails(capsys, "journal", path, "-o", folder)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "journal"]
+
+
+def test_show_prints_the_table_of_a_saved_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    write_json(tmp_path / "run.json", {**HEADER, "benchmarks": [case("slow", 4e-4), case("fast", 1e-4)]})
+    assert main(["show", str(tmp_path / "run.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "CPU: Fake CPU · 2 threads"
+    assert any(line.startswith(WORKLOAD) for line in lines)
+    assert [line.split()[0] for line in lines if "✓ 0.25" in line] == ["fast", "slow"]
+
+
+def test_show_leaves_out_what_is_not_ours(tmp_path, capsys):
+    other = case("other") | {"extra_info": {}}
+    write_json(tmp_path / "run.json", {**HEADER, "benchmarks": [other, case("fast")]})
+    assert main(["show", str(tmp_path / "run.json")]) == 0
+    assert "other" not in capsys.readouterr().out
+
+
+INCOMPLETE = {"group": "b", "stats": {"median": 1.0, "iqr": 0.0}, "extra_info": {"workload": WORKLOAD}}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None,
+        [],
+        3,
+        "text",
+        {},
+        {"benchmarks": []},
+        {"benchmarks": None, "machine_info": {}},
+        {"benchmarks": [3], "machine_info": {}},
+        {"benchmarks": [{}], "machine_info": {}},
+        {**HEADER, "benchmarks": []},
+        {**HEADER, "benchmarks": [case("one") | {"extra_info": {}}]},
+        {**HEADER, "benchmarks": [case("one")], "machine_info": None},
+        {**HEADER, "benchmarks": [case("one")], "machine_info": []},
+        {**HEADER, "benchmarks": [case("one")], "machine_info": {"cpu": "text"}},
+        {**HEADER, "benchmarks": [INCOMPLETE]},
+        {**HEADER, "benchmarks": [INCOMPLETE | {"extra_info": {"workload": "somebody-else-s"}}]},
+        {**HEADER, "benchmarks": [INCOMPLETE | {"extra_info": {"workload": None}}]},
+        {**HEADER, "benchmarks": [{"extra_info": {"workload": WORKLOAD}}]},
+    ],
+)
+def test_show_of_something_else_ends_with_2(tmp_path, capsys, document):
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    fails(capsys, "show", tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"hello", b"\x80\x81", None])
+def test_show_of_what_is_not_json_ends_with_2_and_names_the_file(tmp_path, capsys, content):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert "run.json" in fails(capsys, "show", path)
+
+
+def test_list_names_presets_and_implementations(capsys):
+    assert main(["list"]) == 0
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["seed", "b1-h32-s8192-d128-bf16"] in [line[:2] for line in words]
+    assert {"sdpa", "handcrafted", "flash_attn3"} <= {line[0] for line in words}
+    assert "torch" in next(line for line in words if line[0] == "sdpa")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["journal"], ["journal", "a.jsonl"], ["show"]])
+def test_a_malformed_command_line_ends_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: python -m attn_impls" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "attn_impls", "show", str(tmp_path / "absent.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"python -m attn_impls show: [Errno 2] No such file or directory: {command[-1]!r}"]

@@ -1,0 +1,109 @@
+"""The named presets, and the rule that makes CPU-sized workloads of them."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attn_impls import Workload
+from attn_impls.presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_parses_and_has_a_source(name):
+    identity, source = PRESETS[name]
+    assert str(preset(name)) == identity
+    assert re.fullmatch(r"[^\n]{10,}", source)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_names_are_words(name):
+    assert re.fullmatch(r"[a-z][a-z0-9.-]*", name)  # no glob, no comma, no space
+    assert not re.match(r"b\d", name)  # --workload would take it for an id
+
+
+def test_ids_are_unique():
+    assert len({identity for identity, _ in PRESETS.values()}) == len(PRESETS)
+
+
+def test_defaults_exist_and_have_both_masks():
+    assert set(DEFAULT_PRESETS) <= set(PRESETS)
+    assert len(set(DEFAULT_PRESETS)) == len(DEFAULT_PRESETS)
+    assert {preset(name).causal for name in DEFAULT_PRESETS} == {True, False}
+    assert any(preset(name).group > 1 for name in DEFAULT_PRESETS)
+
+
+def test_seed_is_the_comparison_it_grew_from():
+    w = preset("seed")
+    assert (w.batch, w.q_len, w.kv_len, w.heads, w.heads * w.head_dim, w.causal) == (1, 8192, 8192, 32, 4096, False)
+
+
+def test_unknown_preset():
+    with pytest.raises(KeyError, match="sed"):
+        preset("sed")
+
+
+def assert_kept(w: Workload, small: Workload) -> None:
+    for field in ("head_dim", "v_head_dim", "scale_dim", "softcap", "dtype", "causal", "group"):
+        assert getattr(small, field) == getattr(w, field), field
+    assert bool(small.window) == bool(w.window)
+    assert (small.kv_heads == small.heads) == (w.kv_heads == w.heads)
+    assert small.kv_len == small.q_len or w.kv_len != w.q_len
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_cpu_sized_presets(name):
+    w, small = preset(name), cpu_sized(preset(name))
+    assert_kept(w, small)
+    assert small.flops() < 3e10  # about a second on a slow core
+    assert small.flops() * 64 <= w.flops() or w.flops() < 1e9
+    assert Workload.parse(str(small)) == small
+
+
+@pytest.mark.parametrize(
+    ("full", "small"),
+    [
+        ("b1-h32-s8192-d128-bf16", "b1-h8-s512-d128-bf16"),
+        ("b8-h16-s512-d64-fp16", "b2-h4-s32-d64-fp16"),
+        ("b2-h32kv8-s1024-d64-causal-bf16", "b2-h8kv2-s64-d64-causal-bf16"),
+        ("b1-h28kv4-s8192-d128-causal-bf16", "b1-h7kv1-s512-d128-causal-bf16"),
+        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s63-d64-bf16"),  # ÷ 2
+        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s63-d64-bf16"),  # 4 divides the heads only
+        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s63-d64-bf16"),  # neither
+        ("b1-h4-q1kv8192-d128-causal-bf16", "b1-h1-q1kv512-d128-causal-bf16"),
+        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q256kv32-d40-bf16"),
+        ("b1-h4-s256-d72-bf16", "b1-h1-s32-d72-bf16"),  # 16 is below 32
+        ("b1-h4-s20-d72-bf16", "b1-h1-s20-d72-bf16"),
+        ("b1-h16kv8-s8192-d256-causal-win4096-cap50-bf16", "b1-h4kv2-s512-d256-causal-win256-cap50-bf16"),
+        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s512-d64-causal-win32-bf16"),
+        ("b1-h128-s4096-d192v128-causal-scale144-bf16", "b1-h32-s256-d192v128-causal-scale144-bf16"),
+    ],
+)
+def test_cpu_sized_by_the_rule(full, small):
+    assert str(cpu_sized(Workload.parse(full))) == small
+
+
+def test_the_rule_in_words():
+    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window ÷ 16", "not below 32"):
+        assert words in CPU_RULE
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.data())
+def test_cpu_sized_anything(data):
+    def size(most: int) -> int:
+        return data.draw(st.integers(1, most))
+
+    kv_heads, causal = size(16), data.draw(st.booleans())
+    sizes = {"batch": size(64), "heads": kv_heads * size(16), "kv_heads": kv_heads, "q_len": size(9000), "head_dim": size(256)}
+    kv_len = data.draw(st.none() | st.integers(1, 9000))
+    w = Workload(**sizes, kv_len=kv_len, causal=causal, window=data.draw(st.integers(0, 9000)) if causal else 0)
+    small = cpu_sized(w)
+    assert_kept(w, small)
+    assert small.batch == min(w.batch, 2)
+    assert w.heads in (small.heads, 2 * small.heads, 4 * small.heads)
+    for field in ("q_len", "kv_len", "window"):
+        before, after = getattr(w, field), getattr(small, field)
+        assert after == before // 16 if before >= 512 else after == min(before, 32)
+    assert small.pairs <= w.pairs
