@@ -11,6 +11,7 @@ from attn_impls.harness import options, plugin, workers
 from attn_impls.harness.case import Case
 from attn_impls.harness.judge import Problem
 from attn_impls.harness.session import Session
+from attn_impls.harness.spread import Spreads
 from attn_impls.registry import Implementation
 from attn_impls.workload import Workload
 
@@ -45,6 +46,12 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
 def problem(suite: Session, workload: Workload) -> Problem:
     """q, k, v of a workload, generated once for all implementations, and the right answer; one workload's at a time."""
     return Problem(workload, suite.device, suite.selection.seed)
+
+
+@pytest.fixture(scope="session")
+def spreads(suite: Session) -> Spreads:
+    """What the ranks check and time together, under torchrun."""
+    return suite.spreads
 
 
 @pytest.fixture

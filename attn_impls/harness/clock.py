@@ -97,14 +97,20 @@ class DeviceClock:
         overhead: float = 0.0,
         empty_spin: float = 0.0,
         agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
+        align: Callable[[], None] | None = None,
     ):
-        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads around a spin of 0 cycles."""
+        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads around a spin of 0 cycles.
+
+        align: enqueues, behind the spin, what makes the devices of several ranks start together.
+        """
         self.driver, self.overhead, self.empty_spin, self.agree = driver, overhead, empty_spin, agree
+        self.align = align
         self.now = 0.0
         self.cycles = FIRST_CYCLES
         self.retries = 0
         self._spun_at = 0.0
         self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
+        self._spun = driver.event() if align else self._start  # the spin's end
 
     def __call__(self) -> float:
         return self.now
@@ -125,6 +131,9 @@ class DeviceClock:
         self._before.record()
         self.driver.spin(self.cycles)
         self._spun_at = self.driver.host_time()
+        if self.align:
+            self._spun.record()
+            self.align()
 
     def sample(self, subject: Subject) -> Sample:
         """Time one call; `prepare` comes right before. A late round is measured again behind a longer spin."""
@@ -138,7 +147,7 @@ class DeviceClock:
             late = self._start.query()
             used = self.driver.host_time() - self._spun_at
             self._stop.synchronize()
-            spin_seconds = self._before.elapsed_time(self._start) * 1e-3 - self.empty_spin
+            spin_seconds = self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin
             seconds = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
             seconds, late, tight = self.agree(seconds, late, used > TIGHT * spin_seconds)
             if late or tight:
@@ -161,9 +170,15 @@ class HostClock:
     overhead = 0.0
     retries = 0
 
-    def __init__(self, host_time: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        host_time: Callable[[], float] = time.perf_counter,
+        agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
+        align: Callable[[], None] | None = None,
+    ):
+        """agree, align: as of DeviceClock; `align` returns when all ranks are there."""
         self.now = 0.0
-        self.host_time = host_time
+        self.host_time, self.agree, self.align = host_time, agree, align
 
     def __call__(self) -> float:
         return self.now
@@ -172,7 +187,8 @@ class HostClock:
         pass
 
     def prepare(self) -> None:
-        pass
+        if self.align:
+            self.align()
 
     def sample(self, subject: Subject) -> Sample:
         """Time `subject.loops` calls; the clock advances by one call's share."""
@@ -180,8 +196,9 @@ class HostClock:
         start = self.host_time()
         for _ in loops:
             call()
-        seconds = (self.host_time() - start) / subject.loops
-        sample = Sample(seconds, seconds, float("nan"), False)
+        host = (self.host_time() - start) / subject.loops
+        seconds, _, _ = self.agree(host, False, False)
+        sample = Sample(seconds, host, float("nan"), False)
         subject.samples.append(sample)
         self.now += seconds
         return sample

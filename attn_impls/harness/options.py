@@ -43,11 +43,16 @@ def seconds(text: str) -> float:
     return number
 
 
+def weights(text: str) -> tuple[int, ...]:
+    return tuple(positive(word) for word in text.split(","))
+
+
 EXPECTED = {
     positive: "a whole number above 0",
     natural: "a whole number, 0 or more",
     seconds: "a number of seconds above 0",
     str: "a word",
+    weights: "whole numbers above 0, with commas between",
 }
 
 OPTIONS = (
@@ -71,6 +76,16 @@ OPTIONS = (
     Option("--warmup-rounds", "N", "untimed rounds before them (default: 3 to 10 on a GPU, 200 ms on a CPU)", None, natural),
     Option("--device", "NAME", "auto, cuda or cpu (default: auto, cuda where there is one)", "auto", str),
     Option("--seed", "N", "seed of the inputs (default: 0)", 0, natural),
+    Option("--form", "NAME", "form of a distributed strategy to run (default: all)"),
+    Option(
+        "--overlap-chunks",
+        "N,N",
+        "relative sizes of the chunks that overlap (default: 4,2,1,1)",
+        (4, 2, 1, 1),
+        weights,
+    ),
+    Option("--pad-heads", "", "distributed: pad heads that the ranks cannot share evenly", False, bool),
+    Option("--rank-timeout", "SECONDS", "how long ranks wait for one another (default: 180)", 180.0, seconds),
     Option("--case-timeout", "SECONDS", "end the run, naming the case, if one takes longer (default: 300)", 300.0, seconds),
 )
 
@@ -78,6 +93,10 @@ OPTIONS = (
 def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup(GROUP, "attention comparison")
     for option in OPTIONS:
+        if option.convert is bool:
+            group.addoption(option.flag, dest=option.name, action="store_true", default=None, help=option.help)
+            parser.addini(option.name, option.help, type="bool", default=option.default)
+            continue
         repeated = option.convert is None
         note = " (repeatable; comma lists)" if repeated else ""
         group.addoption(
@@ -102,6 +121,8 @@ def _value(config: pytest.Config, option: Option) -> Any:
     given = config.getoption(option.name)
     if given is None:
         given = config.getini(option.name)
+    if option.convert is bool:
+        return given
     if option.convert is None:
         return [word.strip() for text in given or [] for word in text.split(",") if word.strip()]
     if given in (None, ""):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import environment, journal, options, selection, summary, workers
+from . import environment, options, rank_hooks, selection, summary, workers
+from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
 
@@ -21,10 +22,12 @@ WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
 def configure(config: pytest.Config) -> None:
     """Resolve the options; every usage error is raised here, before anything runs or is written."""
     workers.refuse_benchmarks(config)
-    selected = selection.resolve(options.read_options(config))
-    session = Session(config, selected)
+    ranks = rank_hooks.meet(config)
+    selected = rank_hooks.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
+    session = Session(config, selected, ranks)
     config.stash[SESSION] = session
     config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case))
+    rank_hooks.connect(config, session)
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -36,6 +39,10 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     selected = session_of(metafunc.config).selection
     if "workload" in metafunc.fixturenames:
         metafunc.parametrize("workload", selected.workloads, ids=str, indirect=True, scope="module")
+    if "form" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("distributed")
+        assert marker, "a test over forms is distributed, and its marker names the strategy"
+        metafunc.parametrize("form", selected.forms[marker.kwargs["strategy"]], ids=lambda form: form.name)
     if "implementation" in metafunc.fixturenames:
         ids = [implementation.name for implementation in selected.implementations]
         metafunc.parametrize("implementation", selected.implementations, ids=ids, indirect=True)
@@ -134,20 +141,14 @@ def rerun_command(config: pytest.Config, nodeid: str) -> str:
         flag, _, value = argument.partition("=")
         if flag in flags:
             kept += [argument] if value else arguments[n : n + 2]
-    return shlex.join(["pytest", nodeid, *kept])
+    return shlex.join([*launched_by(), "pytest", nodeid, *kept])
 
 
 def _on_hang(config: pytest.Config, case: str) -> None:
     """From the watchdog's thread: keep what is finished, since this process ends without pytest's own ending."""
     session = session_of(config)
     say = config.stash[WATCHDOG].say
-    if session.journal.path:
-        wanted = config.getoption("benchmark_json", None)
-        if wanted:
-            journal.write_json(wanted, journal.read(session.journal.path))
-            say(f"{session.journal.finished} finished cases: {wanted}")
-        else:
-            say(f"{session.journal.finished} finished cases: python -m attn_impls journal {session.journal.path} -o run.json")
+    session.journal.keep(config.getoption("benchmark_json", None), say)
     say(f"rerun this one alone: {rerun_command(config, case)}")
 
 
@@ -171,6 +172,8 @@ def refuse_other_device(machine_info: dict[str, Any], compared: dict[str, Any]) 
 
 def write_summary(reporter: Any, config: pytest.Config) -> None:
     session = session_of(config)
+    if session.ranks:  # whose table is another
+        return
     if not session.results and not (session.not_run and config.getoption("benchmark_only", False)):
         return
     machine = environment.describe(session.machine_info, session.state)

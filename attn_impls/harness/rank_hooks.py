@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from . import matrix, options, workers
+from . import matrix, options, topology, workers
 from .ranks import Outcome, Ranks, blamed, launched
 from .session import Session
 from .termination import Termination
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 HOW = "torchrun --nproc-per-node N -m pytest -m distributed"
 # what only rank 0 may do: write files and compare with them
-RANK_0_ONLY = {
+RANK_0_ONLY: dict[str, Any] = {
     "benchmark_json": None,
     "benchmark_save": None,
     "benchmark_autosave": None,
@@ -99,7 +99,7 @@ def _quiet(config: pytest.Config) -> None:
         old.unlink(missing_ok=True)
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-rank{os.environ['RANK']}.log"
     # pytest's reporter takes sys.stdout when it is made, which is after this
-    sys.stdout = sys.stderr = (folder / name).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115  (for the whole run)
+    sys.stdout = sys.stderr = (folder / name).open("w", encoding="utf-8", buffering=1)
     for option, value in RANK_0_ONLY.items():
         if hasattr(config.option, option):
             setattr(config.option, option, value)
@@ -147,8 +147,8 @@ class RankHooks:
         ranks.on_stall = self._on_stall  # type: ignore[method-assign]
 
     def pytest_report_header(self) -> str:
-        ranks = self.ranks
-        return f"ranks: {ranks.size} on {ranks.nodes} node{'s' * (ranks.nodes != 1)}, {ranks.backend}, waiting {ranks.timeout:g} s"
+        ranks, s = self.ranks, "s" * (self.ranks.nodes != 1)
+        return f"ranks: {ranks.size} on {ranks.nodes} node{s}, {ranks.backend}; they wait {ranks.timeout:g} s for one another"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -191,10 +191,24 @@ class RankHooks:
                 report.sections.append(("by rank", reason))
             if reason:
                 break
+        self._note(item, report)
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
         if report.failed and benchmark is not None:
             benchmark.has_error = True  # or rank 0 would save what another rank disowned
         return report
+
+    def _note(self, item: pytest.Item, report: Any) -> None:
+        """Remember why a cell of the matrix is empty."""
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if report.passed or not {"workload", "form", "implementation"} <= params.keys():
+            return
+        first = str(report.longrepr).strip().splitlines()[0]
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {first}"
+        cell = str(params["workload"]), params["form"].name, params["implementation"].name
+        self.session.spreads.not_run.setdefault(cell, reason)
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        machine_info.update(topology.facts(self.ranks))
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Also where pytest.exit ends up, and with it a rank that was lost."""
@@ -216,7 +230,9 @@ class RankHooks:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.nothing_ran:
-            terminalreporter.write_line("no distributed test was selected: nothing ran (exit 0, or torchrun would report a crash)")
+            terminalreporter.write_line(
+                "no distributed test was selected: nothing ran (exit 0, or torchrun would report a crash)"
+            )
         matrix.write(terminalreporter, self.session)
 
     @pytest.hookimpl(trylast=True)
@@ -270,7 +286,8 @@ def _difference(everyone: list[tuple[list[str], list[str]]]) -> str:
     for rank, (nodeids, errors) in enumerate(everyone):
         extra = [nodeid for nodeid in nodeids if nodeid not in set(first)]
         lacking = [nodeid for nodeid in first if nodeid not in set(nodeids)]
-        lines.append(f"rank {rank}: {len(nodeids)} tests" + (", in another order" if not extra and not lacking and nodeids != first else ""))
+        reordered = not extra and not lacking and nodeids != first
+        lines.append(f"rank {rank}: {len(nodeids)} tests" + ", in another order" * reordered)
         lines += [f"  only there: {nodeid}" for nodeid in extra[:5]] + [f"  not there: {nodeid}" for nodeid in lacking[:5]]
         lines += [f"  {error}" for error in errors]
     return "\n".join(lines)

@@ -26,6 +26,8 @@ from .case import CaseFailed
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a rank
 POLL_SECONDS = 0.05
+# in what gloo and NCCL say where another rank went away
+PEER_SIGNS = ("Connection closed by peer", "Timed out", "timed out", "Connection reset", "Broken pipe")
 # Shares of --rank-timeout. On gloo a collective fails first, then a rank that is stuck says where it stands. NCCL ends the
 # process of a collective that timed out, so there the rank speaks first.
 DATA_SHARE = {"cpu": 0.6, "cuda": 0.8}
@@ -34,7 +36,7 @@ PULSE_SHARE = {"cpu": 0.8, "cuda": 0.6}
 T = TypeVar("T")
 
 
-class RankLost(pytest.exit.Exception):
+class RankLost(pytest.exit.Exception):  # type: ignore[name-defined]  # mypy sees a function
     """Another rank is gone or does not come: nothing can be agreed any more, so this rank's run ends."""
 
     def __init__(self, message: str):
@@ -51,6 +53,11 @@ class Outcome(NamedTuple):
 def launched() -> bool:
     """Whether torchrun (or something that speaks its language) started this process as one of several ranks."""
     return all(name in os.environ for name in LAUNCHED)
+
+
+def launched_by() -> list[str]:
+    """The words before "pytest" in a command that starts this run again."""
+    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "N"), "-m"] if launched() else []
 
 
 class Ranks:
@@ -100,7 +107,7 @@ class Ranks:
         """Every rank's value, by rank. Raises RankLost, naming the culprit, if one is gone or does not come in time."""
         self._step += 1
         keys = [f"{self._step}/{rank}" for rank in range(self.size)]
-        self.store.set(keys[self.rank], pickle.dumps(value))
+        self.store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # its stub knows str only
         deadline, pause = time.monotonic() + self.timeout, 0.0
         while not self.store.check(keys):
             self.beat()
@@ -118,13 +125,13 @@ class Ranks:
         """Rank 0's value, on every rank."""
         return self.exchange(value if self.rank == 0 else None)[0]
 
-    def slowest(self, seconds: float, late: bool) -> tuple[list[float], bool]:
-        """Every rank's time of a round, and whether it was late on any: one small gather of the control group."""
+    def gather_round(self, *values: float) -> list[list[float]]:
+        """Every rank's values of a round, by rank: one small gather of the control group."""
         self.beat()
-        mine = torch.tensor([seconds, float(late)], dtype=torch.float64)
+        mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(found, mine, group=self.control)
-        return [float(one[0]) for one in found], any(bool(one[1]) for one in found)
+        return [one.tolist() for one in found]
 
     def align(self) -> None:
         """Leave together, as near as the control group can."""
@@ -133,8 +140,8 @@ class Ranks:
     def guarded(self, what: str, action: Callable[[], T], collective: bool = False) -> T:
         """Run a phase on every rank, then go on only if it passed on all.
 
-        A phase that is not `collective` must not communicate. A failed collective phase leaves ranks at different points of
-        their collectives, so it poisons the rest of the run. Raises Unsupported or CaseFailed with the first rank's reason.
+        A phase that is not `collective` must not communicate. A collective phase that did not fail alike on all ranks leaves
+        them at different points of their collectives, so it poisons the rest of the run. Raises Unsupported or CaseFailed.
         """
         if self.poison:
             raise CaseFailed(self.poison)
@@ -154,7 +161,8 @@ class Ranks:
             traceback.clear_frames(error.__traceback__)
         outcomes = self.exchange(mine)
         failed = blamed(outcomes, "failed")
-        if failed and collective:
+        alike = len({outcome.text for outcome in outcomes}) == 1 and not _of_a_peer(failed)
+        if failed and collective and not alike:
             self.poison = f"a collective failed earlier ({failed.splitlines()[0]}): what follows could pair with its remains"
         if failed:
             raise CaseFailed(f"{failed}\n(in {what})" if "\n" in failed else f"{failed} (in {what})")
@@ -165,7 +173,7 @@ class Ranks:
     def leave(self, why: str) -> None:
         """Tell the ranks that wait for this one, now or later, that it will not come."""
         with contextlib.suppress(RuntimeError):  # the store is gone: nobody is left to be told
-            self.store.set(f"left/{self.rank}", why.encode())
+            self.store.set(f"left/{self.rank}", why)
 
     def statement(self, rank: int) -> str:
         """What a rank said when it left, or "" if it said nothing."""
@@ -205,7 +213,7 @@ class Ranks:
             if self.ending and not gone:
                 time.sleep(1.0)  # torchrun ends everybody at the first death: let the dead be seen
                 gone = {rank: why for rank, why in self.gone().items() if rank in missing}
-            silent = {rank: f"gave no sign for {self.timeout:g} s" for rank in missing} if late else {}
+            silent = dict.fromkeys(missing, f"gave no sign for {self.timeout:g} s") if late else {}
             culprits = gone or silent
             told = "; ".join(f"rank {rank}: {why}" for rank, why in culprits.items()) or self.ending
             self.leave(f"ended because of rank {', '.join(map(str, culprits))}" if culprits else told)
@@ -242,7 +250,7 @@ def blamed(outcomes: list[Outcome], kind: str) -> str:
 
 def _of_a_peer(text: str) -> bool:
     first = text.splitlines()[0] if text else ""
-    return any(sign in first for sign in ("Connection closed by peer", "Timed out", "timed out", "Connection reset", "Broken pipe"))
+    return any(sign in first for sign in PEER_SIGNS)
 
 
 def alive(pid: int) -> bool:

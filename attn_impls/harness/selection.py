@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..parallel import STRATEGIES, Form
 from ..presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 from ..registry import REGISTRY, Implementation, discover, load_file
 from ..workload import DTYPES, Workload
@@ -35,6 +36,9 @@ class Selection:
     warmup_rounds: int | None = None
     seed: int = 0
     case_timeout: float = 300.0
+    forms: dict[str, tuple[Form, ...]] = field(default_factory=dict)  # of each distributed strategy
+    overlap_chunks: tuple[int, ...] = (1,)
+    pad_heads: bool = False
     cpu_rule: str = ""  # how presets were scaled, where they were
 
 
@@ -44,6 +48,7 @@ def resolve(options: dict[str, Any]) -> Selection:
         device = _device(options["device"])
         implementations = _implementations(options["impl"], options["require_impl"])
         labels, scaled = _workloads(options, device)
+        forms = _forms(options["form"])
         for w in labels:
             _must_fit(w, device)
     except ValueError as error:
@@ -58,8 +63,20 @@ def resolve(options: dict[str, Any]) -> Selection:
         options["warmup_rounds"],
         options["seed"],
         options["case_timeout"],
+        forms,
+        options["overlap_chunks"],
+        options["pad_heads"],
         CPU_RULE if scaled else "",
     )
+
+
+def _forms(chosen: list[str]) -> dict[str, tuple[Form, ...]]:
+    """The chosen forms of each distributed strategy."""
+    known = {form.name for forms in STRATEGIES.values() for form in forms}
+    for word in chosen:
+        if word not in known:
+            raise ValueError(f"--form {word!r}: no such form; {nearest(word, known)}")
+    return {name: tuple(form for form in forms if not chosen or form.name in chosen) for name, forms in STRATEGIES.items()}
 
 
 def _device(name: str) -> str:

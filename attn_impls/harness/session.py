@@ -16,19 +16,21 @@ import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from ..workload import DTYPE_NAMES
-from . import environment, limits, measure, profile
+from . import environment, limits, makespan, measure, profile
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .journal import Journal
 from .judge import Problem, Verdict
+from .ranks import Ranks
 from .selection import Selection
+from .spread import Spreads
 
 
 class Session:
     """What lives as long as the run. Everything that touches the device is made when first needed."""
 
-    def __init__(self, config: pytest.Config, selection: Selection):
-        self.config, self.selection = config, selection
+    def __init__(self, config: pytest.Config, selection: Selection, ranks: Ranks | None = None):
+        self.config, self.selection, self.ranks = config, selection, ranks
         self.device = selection.device
         self.journal = Journal(Path(config.rootpath) / ".benchmarks" / "journal")
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
@@ -40,6 +42,8 @@ class Session:
 
     @cached_property
     def clock(self) -> Clock:
+        if self.ranks:
+            return makespan.clock(self.ranks, self._driver if self.device == "cuda" else None, lambda: self.overhead)
         if self.device == "cpu":
             return HostClock()
         return DeviceClock(self._driver, self.overhead.seconds, self.overhead.empty_spin)
@@ -47,6 +51,11 @@ class Session:
     @cached_property
     def overhead(self) -> Overhead:
         return calibrate(self._driver, profile.empty_spin_seconds)
+
+    @cached_property
+    def spreads(self) -> Spreads:
+        """Cases that several ranks run together."""
+        return Spreads(self)
 
     @cached_property
     def _driver(self) -> CudaDriver:

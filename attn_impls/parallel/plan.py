@@ -55,6 +55,10 @@ class Plan:
     def __init__(self, spread: Spread):
         self.spread = spread
 
+    def rehearse(self, share: list[Inputs]) -> None:
+        """Compile and call the kernels, alone, before anybody waits for them."""
+        self.silent(share)
+
     def connect(self) -> None:
         """Make the process groups that the plan needs; all ranks call it together."""
 

@@ -1,0 +1,329 @@
+"""One workload on all ranks: planned, checked against the unsharded answer, then timed by the slowest rank."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ..parallel.plan import Form, Plan, Spread
+from ..registry import Kernel, Unsupported
+from ..workload import DTYPE_NAMES, Workload
+from . import environment, limits, makespan, measure, topology
+from .case import Case, CaseFailed, build, call, guard, release
+from .inputs import Inputs
+from .judge import Problem
+from .oracle import Reference
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class SpreadVerdict:
+    """What the check found on all ranks; errors are multiples of what is allowed, 1 or less passes."""
+
+    error_over_budget: float  # the worst rank's worst row against the unsharded oracle
+    worst_rank: int
+    unsharded_error_over_budget: float | None  # of the same kernel on one rank; None where it does not fit
+    complaint: str = ""
+
+    @property
+    def failure(self) -> str:
+        if self.complaint:
+            return self.complaint
+        if self.error_over_budget > 1:
+            alone = self.unsharded_error_over_budget
+            beside = "" if alone is None else f" (unsharded {alone:.3g} ×)"
+            return (
+                f"on rank {self.worst_rank} differs from the unsharded float64 oracle: "
+                f"its worst row errs {self.error_over_budget:.3g} × the budget{beside}"
+            )
+        return ""
+
+
+class Spreads:
+    """What the ranks of one session check and time together. Every method is called on all ranks alike."""
+
+    def __init__(self, session: Any):
+        self.session = session
+        self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
+        self.not_run: dict[tuple[str, str, str], str] = {}  # (workload id, form, implementation): why
+        self._answers: tuple[Problem | None, dict[str, tuple[Reference, Reference]]] = (None, {})
+        self._same_inputs: set[Workload] = set()
+        self._probe: makespan.Probe | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        assert self.session.ranks is not None, "distributed tests are left out without torchrun"
+        return self.session.ranks
+
+    @property
+    def probe(self) -> makespan.Probe:
+        if self._probe is None:
+            self._probe = makespan.Probe(self.ranks, self.session.clock, self.session.device)
+        return self._probe
+
+    def plan(self, case: Case, form: Form, problem: Problem) -> tuple[Plan, float]:
+        """The plan of this rank, with its kernels compiled and called, and the seconds that took."""
+        selection = self.session.selection
+        started = time.perf_counter()
+        spread = Spread(
+            case.workload,
+            case.implementation,
+            case.device,
+            self.ranks.rank,
+            self.ranks.size,
+            partial(_kernel, case),
+            selection.pad_heads,
+            selection.overlap_chunks,
+            selection.seed,
+        )
+
+        def alone() -> Plan:
+            plan = form.plan(spread)
+            with guard(case, "kernel"):
+                plan.rehearse(plan.share(problem.plain))
+                _synchronize(case.device)
+            return plan
+
+        self._agree_on_inputs(problem)
+        plan = self.ranks.guarded("planning", alone)
+        self.ranks.guarded("connecting", plan.connect, collective=True)
+        return plan, time.perf_counter() - started
+
+    def verdict(self, case: Case, form: Form, plan: Plan, problem: Problem, whole: Kernel | None) -> SpreadVerdict:
+        """Run the plan twice on each of two inputs and compare every rank's result with the unsharded answer."""
+        answers = self.ranks.guarded("the answer", lambda: self._answer(form, plan, problem))
+        errors: list[float] = []
+        for inputs, known in zip((problem.needles, problem.plain), answers, strict=True):
+            share = plan.share(inputs)
+            for _ in range(2):
+                _poison(case)
+                # a copy: a result may be memory that the next call writes to
+                out = self.ranks.guarded("checking", partial(_run, plan, share, case.device), collective=True).clone()
+                errors.append(self.ranks.guarded("comparing", partial(_error, plan, known, out)))
+        alone = self._unsharded_error(case, problem, whole) if whole else None
+        worst = [one[0] for one in self.ranks.exchange((max(errors),))]
+        rank = max(range(len(worst)), key=worst.__getitem__)
+        return SpreadVerdict(worst[rank], rank, alone)
+
+    def measure(self, case: Case, form: Form, problem: Problem, benchmark: Any) -> None:
+        """Check, then time one form of one case. Skips or fails the test, on all ranks, if it cannot be timed."""
+        with outcome(case):
+            self._measure(case, form, problem, benchmark)
+
+    def _measure(self, case: Case, form: Form, problem: Problem, benchmark: Any) -> None:
+        plan, build_seconds = self.plan(case, form, problem)
+        whole = self._whole_kernel(case, problem)
+        verdict = self.verdict(case, form, plan, problem, whole)
+        if verdict.failure:
+            raise CaseFailed(f"{case.implementation.name} {verdict.failure}; it is not timed")
+        share = plan.share(problem.plain)
+        calls: dict[str, Callable[[], Any]] = {"ranks": partial(plan, share)}
+        if whole:
+            calls["one rank"] = partial(whole, *problem.plain.as_layout(case.implementation.layout))
+        if plan.traffic():
+            calls["silent"] = partial(plan.silent, share)
+        selection = self.session.selection
+        rounds = makespan.Rounds(self.ranks, self.session.clock, calls)
+        timing = self.ranks.guarded(
+            "timing", lambda: rounds.run(benchmark, selection.rounds, selection.warmup_rounds), collective=True
+        )
+        if not benchmark.enabled:
+            return
+        try:
+            facts = self.ranks.guarded("probing", lambda: self._facts(plan, timing), collective=True)
+            self.ranks.guarded("physics", lambda: self._reject_impossible(case, timing["ranks"].median))
+            facts |= self._describe(case, form, timing["ranks"].median, verdict) | {"build_s": build_seconds}
+            self._record(benchmark, facts)
+        except BaseException:
+            benchmark.has_error = True
+            raise
+
+    def _record(self, benchmark: Any, facts: dict[str, Any]) -> None:
+        benchmark.extra_info.update(facts)
+        if self.ranks.rank:
+            return
+        session = self.session
+        session.machine_info.update(topology.facts(self.ranks))
+        self.results.append(benchmark.stats.as_dict())
+        session.journal.add(session.header, self.results[-1])
+
+    def _agree_on_inputs(self, problem: Problem) -> None:
+        """Fail unless every rank has generated the same q, k and v."""
+        if problem.workload in self._same_inputs:
+            return
+        sums = self.ranks.guarded("inputs", lambda: _sums(*problem.plain, *problem.needles))
+        if any(one != sums for one in self.ranks.exchange(sums)):
+            raise CaseFailed("the ranks generated different inputs from one seed: give them devices of one kind")
+        self._same_inputs.add(problem.workload)
+
+    def _answer(self, form: Form, plan: Plan, problem: Problem) -> tuple[Reference, Reference]:
+        """What this rank must return for the needles and the plain inputs; the same for every implementation of a form."""
+        if self._answers[0] is not problem:
+            self._answers = (problem, {})
+        known = self._answers[1]
+        if form.name not in known:
+            inputs = problem.needles, problem.plain
+            one, two = (plan.answer(reference, given) for reference, given in zip(problem.references, inputs, strict=True))
+            known[form.name] = one, two
+        return known[form.name]
+
+    def _whole_kernel(self, case: Case, problem: Problem) -> Kernel | None:
+        """The same implementation's kernel for the whole problem; None where one rank cannot do it alone."""
+
+        def alone() -> Kernel | None:
+            try:
+                return build(case, problem.plain.as_layout(case.implementation.layout))[0]
+            except (CaseFailed, Unsupported):  # the parts have run, so what one rank lacks for the whole is memory
+                return None
+
+        kernel = self.ranks.guarded("one rank alone", alone)
+        return kernel if all(self.ranks.exchange(kernel is not None)) else None
+
+    def _unsharded_error(self, case: Case, problem: Problem, whole: Kernel) -> float:
+        layout = case.implementation.layout
+
+        def alone() -> float:
+            errors = []
+            for inputs, known in zip((problem.needles, problem.plain), problem.references, strict=True):
+                out = call(case, whole, inputs.as_layout(layout))
+                errors.append(known.over_budget(out if layout == "bhsd" else out.transpose(1, 2)))
+            return max(errors)
+
+        return max(self.ranks.exchange(self.ranks.guarded("one rank alone", alone)))
+
+    def _facts(self, plan: Plan, timing: dict[str, makespan.Track]) -> dict[str, Any]:
+        """The flat extra_info that the rounds, the probe and one more call give."""
+        track, n = timing["ranks"], self.ranks.size
+        alone, silent, traffic = timing.get("one rank"), timing.get("silent"), plan.traffic()
+        facts = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, 0), self.session.clock)
+        ratio = [facts.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]
+        exposed = track.median - silent.median if silent else 0.0
+        costs = measure.cost(track.call, self.session.clock, track.median)
+        peaks = self.ranks.exchange(costs["peak_bytes"])
+        facts |= {
+            **dict(zip(("speedup", "speedup_ci_low", "speedup_ci_high"), ratio, strict=True)),
+            "efficiency": ratio[0] and ratio[0] / n,
+            "one_rank_s": alone and alone.median,
+            "one_rank_median_s_by_rank": alone and alone.rank_medians,
+            "median_s_by_rank": track.rank_medians,
+            "slowest_rank": max(range(n), key=track.rank_medians.__getitem__),
+            "imbalance": track.imbalance,
+            "silent_s": silent and silent.median,
+            "exposed_s": exposed,
+            "padding_bound": plan.bound,
+            "host_us": costs["host_us"],
+            "peak_bytes_by_rank": peaks,
+            "peak_bytes": None if None in peaks else max(peaks),
+        }
+        if traffic:
+            facts |= {
+                "collective": traffic.collective,
+                "message_bytes": traffic.bytes,
+                "probe_s": self.probe.seconds(traffic),
+                "probe_bus_gb_per_s": self.probe.bus_bytes_per_s(traffic) / 1e9,
+            }
+        facts["bound_s"] = bound_seconds(plan, alone.median if alone else None, facts.get("probe_s", 0.0), n)
+        facts["percent_of_bound"] = facts["bound_s"] and 100 * facts["bound_s"] / track.median
+        return facts
+
+    def _reject_impossible(self, case: Case, seconds: float) -> None:
+        if self.session.device != "cuda":
+            return
+        sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        bound = limits.physical_bound(case.workload, "forward", self.session.datasheet, sms, environment.max_sm_mhz())
+        if seconds < bound / self.ranks.size:
+            raise CaseFailed(
+                f"{case.implementation.name} took {seconds * 1e6:.2f} µs on {self.ranks.size} ranks, and physics needs "
+                f"{bound / self.ranks.size * 1e6:.2f} µs: timing did not wait for the kernel, or the FLOP count is wrong"
+            )
+
+    def _describe(self, case: Case, form: Form, seconds: float, verdict: SpreadVerdict) -> dict[str, Any]:
+        w, implementation, selection = case.workload, case.implementation, self.session.selection
+        return {
+            "strategy": "tensor",
+            "form": form.name,
+            "implementation": implementation.name,
+            "library": implementation.dist or "torch",
+            "library_version": implementation.version,
+            "approximate": implementation.approximate,
+            "layout": implementation.layout,
+            "workload": str(w),
+            **{name: getattr(w, name) for name in w.__dataclass_fields__},
+            "dtype": DTYPE_NAMES[w.dtype],
+            "label": selection.labels.get(w, ""),
+            "direction": "forward",
+            "device": torch.cuda.get_device_name() if self.session.device == "cuda" else "cpu",
+            "world_size": self.ranks.size,
+            "nodes": self.ranks.nodes,
+            "flops": w.flops(),
+            "tflops": w.flops() / seconds / 1e12,
+            "error_over_budget": verdict.error_over_budget,
+            "unsharded_error_over_budget": verdict.unsharded_error_over_budget,
+            "seed": selection.seed,
+            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def bound_seconds(plan: Plan, alone: float | None, communication: float, size: int) -> float | None:
+    """The least time of a form: one rank's time shared out (padding included), with the bare collective beside or behind it."""
+    if alone is None:
+        return None
+    compute, traffic = alone / size / plan.bound, plan.traffic()
+    return max(compute, communication) if traffic and traffic.overlapped else compute + communication
+
+
+@contextlib.contextmanager
+def outcome(case: Case) -> Iterator[None]:
+    """Turn what a phase that all ranks ended alike raises into pytest's outcome, and free the case's memory."""
+    try:
+        yield
+    except Unsupported as error:
+        raise pytest.skip.Exception(f"{case.implementation.name}: {error}") from None
+    except CaseFailed as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    finally:
+        release(case.device)
+
+
+def _kernel(case: Case, local: Workload) -> Kernel:
+    with guard(case, "builder"), torch.device(case.device):
+        return case.implementation(local)
+
+
+def _run(plan: Plan, share: list[Inputs], device: str) -> torch.Tensor:
+    out = plan(share)
+    _synchronize(device)
+    return out
+
+
+def _error(plan: Plan, known: Reference, out: torch.Tensor) -> float:
+    found = plan.comparable(out)
+    if not known.out.numel():  # a rank of nothing but padding
+        return 0.0
+    expected = (known.out.shape[0], known.out.shape[1], known.out.shape[3])
+    if (found.shape[0], found.shape[1], found.shape[3]) != expected:
+        raise CaseFailed(f"the result has shape {tuple(found.shape)}, expected batch, heads and head dim {expected}")
+    return known.over_budget(found)
+
+
+def _poison(case: Case) -> None:
+    """Leave NaN in the memory that the allocator hands out next: a collective that never wrote must not look right."""
+    shape = case.workload.shapes()["out"]
+    for _ in [torch.full(shape, float("nan"), dtype=case.workload.dtype, device=case.device) for _ in range(2)]:
+        pass
+
+
+def _sums(*tensors: torch.Tensor) -> list[float]:
+    return [float(tensor.double().sum()) for tensor in tensors]
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
