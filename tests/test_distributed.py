@@ -2,8 +2,17 @@
 
 import pytest
 
+from attn_impls.parallel import Form
+from attn_impls.parallel.tensor import Core
+
 pytestmark = pytest.mark.distributed(strategy="tensor")
 
 
 def test_tensor_parallel(case, form, problem, spreads, benchmark):
     spreads.measure(case, form, problem, benchmark)
+
+
+@pytest.mark.parametrize("form", [Form("core", Core)], ids=["core"])
+def test_tensor_parallel_gradients(case, form, problem, spreads):
+    errors = spreads.gradient_errors(case, form, problem)
+    assert max(errors.values()) <= 1, f"{case.implementation.name}: {errors} × the budget"

@@ -143,6 +143,7 @@ class Ranks:
         A phase that is not `collective` must not communicate. A collective phase that did not fail alike on all ranks leaves
         them at different points of their collectives, so it poisons the rest of the run. Raises Unsupported or CaseFailed.
         """
+        __tracebackhide__ = True
         if self.poison:
             raise CaseFailed(self.poison)
         self.phase = what

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from ..parallel.plan import Form, Plan, Spread
+from ..parallel.plan import Form, Plan, Spread, only_heads
 from ..registry import Kernel, Unsupported
 from ..workload import DTYPE_NAMES, Workload
-from . import environment, limits, makespan, measure, topology
+from . import environment, gradients, limits, makespan, measure, topology
 from .case import Case, CaseFailed, build, call, guard, release
 from .inputs import Inputs
 from .judge import Problem
@@ -116,6 +116,24 @@ class Spreads:
         """Check, then time one form of one case. Skips or fails the test, on all ranks, if it cannot be timed."""
         with outcome(case):
             self._measure(case, form, problem, benchmark)
+
+    def gradient_errors(self, case: Case, form: Form, problem: Problem) -> dict[str, float]:
+        """dq, dk and dv of every rank against the unsharded answer: the worst rank's worst row, over its budget.
+
+        Skips the test where there is no answer or no backward. Only plans with `gradients` can be asked.
+        """
+        with outcome(case):
+            if not case.implementation.backward:
+                raise Unsupported("no backward")
+            w, inputs = case.workload, problem.plain
+            plan: Any = self.plan(case, form, problem)[0]
+            dout = gradients.upstream(w, case.device, problem.seed)
+            known = self.ranks.guarded("the gradients' answer", lambda: gradients.reference(w, inputs, dout))
+            share = plan.share(inputs)
+            found = self.ranks.guarded("gradients", lambda: plan.gradients(share, dout), collective=True)
+            mine = self.ranks.guarded("comparing", lambda: _gradient_errors(plan, known, found))
+            everyone = self.ranks.exchange(mine)
+            return {name: max(one[name] for one in everyone) for name in mine}
 
     def _measure(self, case: Case, form: Form, problem: Problem, benchmark: Any) -> None:
         plan, build_seconds = self.plan(case, form, problem)
@@ -311,6 +329,17 @@ def _error(plan: Plan, known: Reference, out: torch.Tensor) -> float:
     if (found.shape[0], found.shape[1], found.shape[3]) != expected:
         raise CaseFailed(f"the result has shape {tuple(found.shape)}, expected batch, heads and head dim {expected}")
     return known.over_budget(found)
+
+
+def _gradient_errors(plan: Any, known: dict[str, Reference], found: Inputs) -> dict[str, float]:
+    heads = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads}
+    errors = {}
+    for name, gradient in zip("qkv", found, strict=True):
+        real = [(position, head) for position, head in enumerate(heads[name]) if head >= 0]
+        if real:
+            mine = only_heads(known[name], [head for _, head in real])
+            errors[name] = mine.over_budget(gradient[:, [position for position, _ in real]])
+    return {name: errors.get(name, 0.0) for name in "qkv"}
 
 
 def _poison(case: Case) -> None:

@@ -76,6 +76,10 @@ class Core(Plan):
     def heads(self) -> list[int]:
         return self.partition.all_query_heads(self.spread.rank)
 
+    @property
+    def kv_heads(self) -> list[int]:
+        return self.partition.all_kv_heads(self.spread.rank)
+
     def comparable(self, out: torch.Tensor) -> torch.Tensor:
         return self.bhsd(out)[:, [position for position, head in enumerate(self.heads) if head >= 0]]
 
