@@ -117,7 +117,7 @@ def _failure(case: Case, stage: str, error: BaseException) -> CaseFailed:
         library = f"{implementation.dist} {implementation.version}"
         return Broken(
             f"{implementation.name} is installed but broken ({library}): {one_line(error)}\n{where}"
-            f"reinstall it ({implementation.install}), or leave it out with --impl"
+            f"reinstall it ({implementation.how_to_install}), or leave it out with --impl"
         )
     return CaseFailed(f"{implementation.name} raised in its {stage}: {one_line(error)}\n{where}{error}")
 

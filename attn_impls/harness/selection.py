@@ -7,6 +7,7 @@ import fnmatch
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -134,8 +135,8 @@ def _overrides(options: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _number(option: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--{option.replace('_', '-')} {text!r}: give whole numbers above 0")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise ValueError(f"--{option.replace('_', '-')} {text!r}: give whole numbers above 0, of at most 18 digits")
     return int(text)
 
 
@@ -172,7 +173,7 @@ def _must_fit(w: Workload, device: str) -> None:
     there = device_bytes(device)
     if needed > there:
         raise ValueError(
-            f"workload {w} would not fit: q, k, v and the output need {needed / 2**30:,.1f} GiB, "
+            f"workload {w} would not fit: q, k, v and the output need {Decimal(needed) / 2**30:,.1f} GiB, "
             f"and this {device} device has {there / 2**30:,.1f} GiB; give smaller sizes"
         )
 
