@@ -22,6 +22,7 @@ from .environment import device_bytes
 FIELDS = {"batch_size": "batch", "seq_len": "q_len", "kv_len": "kv_len", "num_kv_heads": "kv_heads"}
 NUMBERS = ("batch_size", "seq_len", "kv_len", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
 MASKS = ("full", "causal")
+SHOWN = 12  # names in an error
 DEVICES = ("auto", "cuda", "cpu")
 
 
@@ -179,7 +180,10 @@ def _must_fit(w: Workload, device: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the known names closest to a wrong one, or all of them."""
+    """A hint: the known names closest to a wrong one, or some of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"give one of {', '.join(known)}"
+    if close:
+        return f"nearest: {', '.join(close)}"
+    more = ", … (python -m attn_impls list)" if len(known) > SHOWN else ""
+    return f"give one of {', '.join(known[:SHOWN])}{more}"
