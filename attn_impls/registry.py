@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,6 +22,7 @@ from .workload import Workload
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 LseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 LAYOUTS = ("bhsd", "bshd")
+DEVICES = ("cuda", "cpu")
 ENTRY_POINTS = "attn_impls"
 
 
@@ -41,6 +44,7 @@ class Implementation:
     dispatches: bool = False
     install: str = ""
     source: str = ""
+    broken: str = ""  # why a package that should have registered this could not
     lse_builder: Callable[[Workload], LseKernel] | None = field(default=None, repr=False)
 
     def __call__(self, w: Workload) -> Kernel:
@@ -61,12 +65,16 @@ class Implementation:
         """The library's version as its metadata gives it; torch's for implementations that need nothing else."""
         return _version(self.dist) if self.dists else torch.__version__
 
+    @property
+    def how_to_install(self) -> str:
+        return self.install or f"pip install {self.dists[0]}"
+
     def unavailable(self, device: str) -> str:
         """Why nothing of this implementation can run on a device type ("cuda", "cpu"), or "" if it can be tried."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only; this run is on {device}"
         if self.dists and not self.dist:
-            return f"not installed: {self.install or 'pip install ' + self.dists[0]}"
+            return f"not installed: {self.how_to_install}"
         return ""
 
 
@@ -93,8 +101,10 @@ def attention(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"implementation {name!r}: layout is {layout!r}, give one of {', '.join(LAYOUTS)}")
-    if not name or any(c in name for c in ",[]= \t\n/"):
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(".py"):
         raise ValueError(f"implementation name {name!r}: use letters, digits, '_', '-' and '.'")
+    if not set(devices) <= set(DEVICES) or isinstance(devices, str):
+        raise ValueError(f"implementation {name!r}: devices is {devices!r}, give a tuple of {', '.join(DEVICES)}")
     dists = (dist,) if isinstance(dist, str) and dist else tuple(dist)
 
     def register(build: Callable[[Workload], Kernel]) -> Implementation:
@@ -119,9 +129,14 @@ def discover() -> dict[str, Implementation]:
         before = set(REGISTRY)
         try:
             entry.load()
-        except Exception as error:  # somebody else's package: it must cost its own cases only, and loudly
+        except (Exception, SystemExit) as error:  # somebody else's package: it must cost its own cases only, and loudly
+            for added in set(REGISTRY) - before:
+                del REGISTRY[added]
+            reason = f"entry point {entry.name!r} ({entry.value}) does not load: {one_line(error)}"
             if entry.name not in before:
-                _register_broken(entry, error)
+                _register_broken(entry.name, reason)
+            elif not REGISTRY[entry.name].broken:
+                warnings.warn(f"{reason}; its name is taken", stacklevel=2)
     return REGISTRY
 
 
@@ -138,9 +153,11 @@ def load_file(path: str | Path) -> list[Implementation]:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit, and pytest's outcomes, among them
         for partial in set(REGISTRY) - before:
             del REGISTRY[partial]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ValueError(f"implementation file {str(path)!r} does not import: {one_line(error)}") from error
     added = [REGISTRY[name] for name in REGISTRY if name not in before]
     if not added:
@@ -154,13 +171,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0].strip()}" if text else type(error).__name__
 
 
-def _register_broken(entry: metadata.EntryPoint, error: Exception) -> None:
-    reason = f"entry point {entry.name!r} ({entry.value}) does not load: {one_line(error)}"
-
+def _register_broken(name: str, reason: str) -> None:
     def build(_: Workload) -> Any:
         raise ImportError(reason)
 
-    attention(entry.name)(build)
+    attention(name)(build).broken = reason
 
 
 def _version(dist: str) -> str:

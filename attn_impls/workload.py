@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 
@@ -63,11 +64,14 @@ class Workload:
                 f"heads ({self.heads}) is not divisible by kv_heads ({self.kv_heads}): "
                 f"each KV head serves the same number of query heads; give kv_heads one of {_divisors(self.heads)}"
             )
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal is {self.causal!r}: give True or False")
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise ValueError(f"window is {self.window!r}: give the number of keys a query sees, or 0 for no window")
         if self.window and not self.causal:
             raise ValueError(f"window is {self.window} without causal: a window counts back from the query's position")
-        if not (isinstance(self.softcap, (int, float)) and 0 <= self.softcap < math.inf):
+        number = isinstance(self.softcap, (int, float)) and not isinstance(self.softcap, bool)
+        if not (number and 0 <= self.softcap <= sys.float_info.max):
             raise ValueError(f"softcap is {self.softcap!r}: give a number above 0, or 0 for none")
         object.__setattr__(self, "softcap", float(self.softcap))
         if self.dtype not in DTYPE_NAMES:
@@ -80,7 +84,7 @@ class Workload:
         parts = [f"b{self.batch}", f"h{self.heads}{kv_heads}", lengths, f"d{self.head_dim}{v_head_dim}"]
         parts += ["causal"] if self.causal else []
         parts += [f"win{self.window}"] if self.window else []
-        parts += [f"cap{self.softcap:.12f}".rstrip("0").rstrip(".")] if self.softcap else []
+        parts += [f"cap{Decimal(repr(self.softcap)):f}".removesuffix(".0")] if self.softcap else []
         parts += [f"scale{self.scale_dim}"] if self.scale_dim != self.head_dim else []
         return "-".join([*parts, DTYPE_NAMES[self.dtype]])
 
@@ -162,8 +166,9 @@ class Workload:
         out = self.batch * self.heads * self.q_len * self.v_head_dim
         k = self.batch * self.kv_heads * self.seen_keys * self.head_dim
         v = self.batch * self.kv_heads * self.seen_keys * self.v_head_dim
+        dk_dv = self.batch * self.kv_heads * self.kv_len * (self.head_dim + self.v_head_dim)  # zero where nobody looks
         # backward reads q, k, v, out, dout and writes dq, dk, dv
-        elements = {"forward": q + k + v + out, "backward": 2 * (q + k + v + out)}[direction]
+        elements = {"forward": q + k + v + out, "backward": 2 * q + k + v + 2 * out + dk_dv}[direction]
         return elements * self.dtype.itemsize
 
     def shapes(self, layout: str = "bhsd") -> dict[str, tuple[int, int, int, int]]:

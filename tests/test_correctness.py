@@ -7,9 +7,11 @@ pytestmark = pytest.mark.correctness
 
 def test_oracle(case, suite, problem):
     verdict = suite.verdict(case, problem)
-    assert not verdict.failure, f"{case.implementation.name} {verdict.failure}"
+    if verdict.failure:
+        pytest.fail(f"{case.implementation.name} {verdict.failure}", pytrace=False)
 
 
 def test_allclose_to_sdpa(case, suite, problem):
     verdict = suite.verdict(case, problem)
-    assert not verdict.sdpa_failure, f"{case.implementation.name} {verdict.sdpa_failure}"
+    if verdict.sdpa_failure:
+        pytest.fail(f"{case.implementation.name} {verdict.sdpa_failure}", pytrace=False)

@@ -12,7 +12,6 @@ def test_tensor_parallel(case, form, problem, spreads, benchmark):
     spreads.measure(case, form, problem, benchmark)
 
 
-@pytest.mark.parametrize("form", [Form("core", Core)], ids=["core"])
-def test_tensor_parallel_gradients(case, form, problem, spreads):
-    errors = spreads.gradient_errors(case, form, problem)
+def test_tensor_parallel_gradients(case, problem, spreads):
+    errors = spreads.gradient_errors(case, Form("core", Core), problem)
     assert max(errors.values()) <= 1, f"{case.implementation.name}: {errors} × the budget"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ..workload import Workload
 from .inputs import Inputs
 
 HARNESS = Path(__file__).parent
+REGISTRY_FILE = inspect.getsourcefile(Implementation)
 
 
 class CaseFailed(Exception):
@@ -117,15 +119,24 @@ def _failure(case: Case, stage: str, error: BaseException) -> CaseFailed:
         library = f"{implementation.dist} {implementation.version}"
         return Broken(
             f"{implementation.name} is installed but broken ({library}): {one_line(error)}\n{where}"
-            f"reinstall it ({implementation.install}), or leave it out with --impl"
+            f"reinstall it ({implementation.how_to_install}), or leave it out with --impl"
         )
-    return CaseFailed(f"{implementation.name} raised in its {stage}: {one_line(error)}\n{where}{error}")
+    return CaseFailed(f"{implementation.name} raised in its {stage}: {one_line(error)}\n{where}{_rest(error)}")
 
 
 def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames below this package's machinery: the implementation's own and its library's."""
     frames = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in frames if Path(frame.filename).parent != HARNESS and "contextlib" not in frame.filename][-6:]
+    ours = [n for n, frame in enumerate(frames) if Path(frame.filename).parent == HARNESS or frame.filename == REGISTRY_FILE]
+    return frames[max(ours, default=-1) + 1 :][-6:]
+
+
+def _rest(error: BaseException) -> str:
+    """What an exception says after its first line, the middle left out where it is long."""
+    lines = str(error).strip().splitlines()[1:]
+    if len(lines) > 10:
+        lines = [*lines[:3], f"… {len(lines) - 8} more lines …", *lines[-5:]]
+    return "\n".join(lines)
 
 
 def _device_lost() -> bool:

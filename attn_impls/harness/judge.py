@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,8 @@ from . import inputs as make
 from .case import Case, CaseFailed, build, call
 from .inputs import Inputs
 from .oracle import Reference, reference
+
+POISON_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,15 @@ class Problem:
             errors += [known.over_budget(out) for out in outs]
             rms.append(known.rms_over_budget(outs[0]))
             if self.sdpa:
-                apart.append(known.apart(outs[0], self.sdpa[n]))
+                apart += [known.apart(out, self.sdpa[n]) for out in outs]
                 sdpa_errors.append(known.over_budget(self.sdpa[n]))
         return Verdict(max(errors), max(rms), max(apart, default=None), max(sdpa_errors, default=None), repeatable)
 
     def _poison(self) -> None:
         """Leave NaN in the memory that the allocator will hand out next: a kernel that writes nothing must not look right."""
-        shape = self.workload.shapes()["out"]
-        for _ in [torch.full(shape, float("nan"), dtype=self.workload.dtype, device=self.device) for _ in range(2)]:
+        shape, dtype = self.workload.shapes()["out"], self.workload.dtype
+        blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * dtype.itemsize)))  # free lists hold many small ones
+        for _ in [torch.full(shape, float("nan"), dtype=dtype, device=self.device) for _ in range(blocks)]:
             pass
 
 

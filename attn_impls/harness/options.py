@@ -31,7 +31,7 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     number = int(text)
-    if number < 0:
+    if not 0 <= number < 2**63:
         raise ValueError
     return number
 
@@ -49,7 +49,7 @@ def weights(text: str) -> tuple[int, ...]:
 
 EXPECTED = {
     positive: "a whole number above 0",
-    natural: "a whole number, 0 or more",
+    natural: "a whole number, 0 or more, below 2^63",
     seconds: "a number of seconds above 0",
     str: "a word",
     weights: "whole numbers above 0, with commas between",
@@ -118,16 +118,30 @@ def read_options(config: pytest.Config) -> dict[str, Any]:
 
 
 def _value(config: pytest.Config, option: Option) -> Any:
-    given = config.getoption(option.name)
+    given, ini = config.getoption(option.name), False
     if given is None:
-        given = config.getini(option.name)
+        given, ini = config.getini(option.name), True
     if option.convert is bool:
         return given
     if option.convert is None:
-        return [word.strip() for text in given or [] for word in text.split(",") if word.strip()]
+        words = [_words(option, text) for text in given or []]
+        return [_beside_ini(config, word) if ini and option.flag == "--impl" else word for part in words for word in part]
     if given in (None, ""):
         return option.default
     try:
         return option.convert(given)
     except ValueError:
         raise pytest.UsageError(f"{option.flag} {given!r}: give {EXPECTED[option.convert]}") from None
+
+
+def _words(option: Option, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:  # an unset shell variable, which must not select everything
+        raise pytest.UsageError(f"{option.flag} {text!r}: give {option.metavar}, or leave the option out")
+    return words
+
+
+def _beside_ini(config: pytest.Config, word: str) -> str:
+    """A file that the ini file names stands beside it, as with pytest's own options."""
+    is_file = word.endswith(".py") or "/" in word
+    return str(config.inipath.parent / word) if is_file and config.inipath else word

@@ -79,10 +79,11 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
     square); each moves the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be
     lucky; this cannot.
     """
+    summed = w.head_dim / 3 if w.dtype == torch.float32 else 0.0  # added up in the dtype itself
     outs, roundings = [], []
     for scores, weights, v in _chunks(w, inputs, rows, torch.float64, "scores"):
         out = weights @ v  # [n, G, R, DV]
-        spread = (weights.square() * (scores.square() * (2 / 3) + 1 / 3)).float()
+        spread = (weights.square() * (scores.square() * (2 / 3 + summed) + 1 / 3)).float()
         basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
         moved = (spread @ basis).double()  # Σ of v, of |v|² and of 1, weighted
         squares = moved[..., -2] - 2 * (moved[..., :-2] * out).sum(-1) + moved[..., -1] * out.square().sum(-1)

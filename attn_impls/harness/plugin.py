@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -127,7 +128,9 @@ def note_report(item: pytest.Item, report: pytest.TestReport) -> None:
     if case and report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         text = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
-        session.not_run[case] = f"FAILED: {text.removeprefix('AssertionError: ').removeprefix(f'{case[1]} ')}"
+        for prefix in ("AssertionError: ", "Failed: ", f"{case[1]}: ", f"{case[1]} "):
+            text = text.removeprefix(prefix)
+        session.not_run.setdefault(case, f"FAILED: {text}")
     if session.lost and report.failed:
         item.session.shouldfail = f"the CUDA device is lost, nothing more can run: {session.lost}"
 
@@ -141,7 +144,9 @@ def rerun_command(config: pytest.Config, nodeid: str) -> str:
         flag, _, value = argument.partition("=")
         if flag in flags:
             kept += [argument] if value else arguments[n : n + 2]
-    return shlex.join([*launched_by(), "pytest", nodeid, *kept])
+    file, _, test = nodeid.partition("::")
+    path = os.path.relpath(config.rootpath / file, config.invocation_params.dir)
+    return shlex.join([*launched_by(), "pytest", f"{path}::{test}", *kept])
 
 
 def _on_hang(config: pytest.Config, case: str) -> None:

@@ -191,6 +191,8 @@ class RankHooks:
                 report.sections.append(("by rank", reason))
             if reason:
                 break
+        if "failed" in {outcome.kind for outcome in outcomes}:
+            self.ranks.suspect(item.nodeid, outcomes)
         self._note(item, report)
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
         if report.failed and benchmark is not None:

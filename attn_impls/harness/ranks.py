@@ -162,14 +162,23 @@ class Ranks:
             traceback.clear_frames(error.__traceback__)
         outcomes = self.exchange(mine)
         failed = blamed(outcomes, "failed")
-        alike = len({outcome.text for outcome in outcomes}) == 1 and not _of_a_peer(failed)
-        if failed and collective and not alike:
-            self.poison = f"a collective failed earlier ({failed.splitlines()[0]}): what follows could pair with its remains"
+        if failed and collective and len({outcome.text for outcome in outcomes}) > 1:
+            self._poisoned_by(what, failed)
+        self.suspect(what, outcomes)
         if failed:
             raise CaseFailed(f"{failed}\n(in {what})" if "\n" in failed else f"{failed} (in {what})")
         if skipped := blamed(outcomes, "skipped"):
             raise Unsupported(skipped)
         return result  # type: ignore[return-value]
+
+    def suspect(self, what: str, outcomes: list[Outcome]) -> None:
+        """Poison the rest of the run where a failure says that a collective broke."""
+        broken = [outcome.text for outcome in outcomes if any(sign in outcome.text for sign in PEER_SIGNS)]
+        if broken and not self.poison:
+            self._poisoned_by(what, blamed(outcomes, "failed"))
+
+    def _poisoned_by(self, what: str, failed: str) -> None:
+        self.poison = f"a collective failed in {what} ({failed.splitlines()[0]}): what follows could pair with its remains"
 
     def leave(self, why: str) -> None:
         """Tell the ranks that wait for this one, now or later, that it will not come."""

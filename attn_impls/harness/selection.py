@@ -7,6 +7,7 @@ import fnmatch
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from .environment import device_bytes
 FIELDS = {"batch_size": "batch", "seq_len": "q_len", "kv_len": "kv_len", "num_kv_heads": "kv_heads"}
 NUMBERS = ("batch_size", "seq_len", "kv_len", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
 MASKS = ("full", "causal")
+SHOWN = 12  # names in an error
 DEVICES = ("auto", "cuda", "cpu")
 
 
@@ -151,8 +153,8 @@ def _overrides(options: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _number(option: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--{option.replace('_', '-')} {text!r}: give whole numbers above 0")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise ValueError(f"--{option.replace('_', '-')} {text!r}: give whole numbers above 0, of at most 18 digits")
     return int(text)
 
 
@@ -189,13 +191,16 @@ def _must_fit(w: Workload, device: str) -> None:
     there = device_bytes(device)
     if needed > there:
         raise ValueError(
-            f"workload {w} would not fit: q, k, v and the output need {needed / 2**30:,.1f} GiB, "
+            f"workload {w} would not fit: q, k, v and the output need {Decimal(needed) / 2**30:,.1f} GiB, "
             f"and this {device} device has {there / 2**30:,.1f} GiB; give smaller sizes"
         )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the known names closest to a wrong one, or all of them."""
+    """A hint: the known names closest to a wrong one, or some of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"give one of {', '.join(known)}"
+    if close:
+        return f"nearest: {', '.join(close)}"
+    more = ", … (python -m attn_impls list)" if len(known) > SHOWN else ""
+    return f"give one of {', '.join(known[:SHOWN])}{more}"

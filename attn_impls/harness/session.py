@@ -155,6 +155,8 @@ class Session:
             timing = measure.run(benchmark, self.clock, call, baseline, rounds, warmup)
         if not benchmark.enabled:
             return
+        # pytest-benchmark would store their repr, with addresses and paths
+        benchmark.stats.params = {"workload": str(case.workload), "implementation": case.implementation.name}
         with _nothing_saved_unless_whole(benchmark):
             self._reject_impossible(case, timing.median)
             with guard(case, "kernel"):

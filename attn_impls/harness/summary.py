@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -40,7 +41,11 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
         lines += [Line(""), Line("did not run at all", {"bold": True})]
         lines += _reasons(everywhere, width)
     lines += [Line(text) for text in _legend(benchmarks)]
-    return lines
+    return [Line(part, line.style) for line in lines for part in _wrapped(line.text, width)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return [text] if len(text) <= width else textwrap.wrap(text, width, subsequent_indent="    ")
 
 
 def _group(workload: str, benchmarks: list[Benchmark], missing: dict[str, str], width: int) -> Iterable[Line]:
