@@ -126,8 +126,18 @@ def test_two_ranks_speak_with_one_voice(suite_copy):
     assert gather["extra_info"]["exposed_s"] == gather["stats"]["median"] - gather["extra_info"]["silent_s"]
     assert gather["extra_info"]["message_bytes"] == 8 * 64 * 32 * 4 // 2
     assert gather["extra_info"]["probe_bus_gb_per_s"] > 0
-    assert "flash_attn3: runs on cuda only" in run.out.replace("flash_attn3  ", "flash_attn3: ")
+    assert re.search(r"flash_attn3\s+runs on cuda only", run.out)
     assert "DTensor knows how to shard SDPA only" in run.out
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharding_mutants_are_rejected(suite_copy, ranks):
+    """tests/test_sharding_mutants.py and tests/test_makespan.py, which need ranks."""
+    names = "test_sharding_mutants", "test_makespan", "fakes"
+    folder = suite_copy(**{f"tests__{name}": (REPOSITORY / "tests" / f"{name}.py").read_text() for name in names})
+    run = torchrun(folder, "tests/test_sharding_mutants.py", "tests/test_makespan.py", ranks=ranks, timeout=60)
+    assert run.code == 0, run.out
+    assert re.search(r"= 3\d passed(, \d+ skipped)? in", run.out), run.out
 
 
 @pytest.mark.slow

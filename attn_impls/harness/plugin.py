@@ -22,8 +22,8 @@ WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
 
 def configure(config: pytest.Config) -> None:
     """Resolve the options; every usage error is raised here, before anything runs or is written."""
-    workers.refuse_benchmarks(config)
     ranks = rank_hooks.meet(config)
+    workers.refuse_benchmarks(config)
     selected = rank_hooks.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
     session = Session(config, selected, ranks)
     config.stash[SESSION] = session

@@ -36,6 +36,7 @@ RANK_0_ONLY: dict[str, Any] = {
 SAME_ORDER = {"randomly_reorganize": False, "random_order_bucket": "none"}  # of pytest-randomly and pytest-random-order
 REORDERING = ("lfplugin", "nfplugin", "stepwiseplugin")  # of pytest's cache, which ranks would read while others write it
 LOGS_KEPT = 64
+MEETING_SECONDS = 60.0
 
 
 def meet(config: pytest.Config) -> Ranks | None:
@@ -43,16 +44,25 @@ def meet(config: pytest.Config) -> Ranks | None:
     if not launched():
         config.pluginmanager.register(WithoutTorchrun(), "attention-without-torchrun")
         return None
-    if workers.in_parallel(config):
-        raise pytest.UsageError("pytest-xdist (-n) and torchrun do not go together: xdist's workers would all be one rank")
+    if int(os.environ["RANK"]):
+        _quiet(config)
     for name, value in SAME_ORDER.items():
         if hasattr(config.option, name):
             setattr(config.option, name, value)
     for name in REORDERING:
         config.pluginmanager.set_blocked(name)
-    if int(os.environ["RANK"]):
-        _quiet(config)
-    return Ranks(options.read_options(config)["rank_timeout"])
+    try:
+        timeout = options.read_options(config)["rank_timeout"]
+    except pytest.UsageError:  # which all ranks will agree on, once they have met
+        timeout = MEETING_SECONDS
+    ranks = Ranks(timeout)
+    agreed(ranks, lambda: _refuse_workers(config))
+    return ranks
+
+
+def _refuse_workers(config: pytest.Config) -> None:
+    if workers.in_parallel(config):
+        raise pytest.UsageError("pytest-xdist (-n) and torchrun do not go together: xdist's workers would all be one rank")
 
 
 def agreed(ranks: Ranks | None, resolve: Callable[[], T]) -> T:
@@ -65,6 +75,8 @@ def agreed(ranks: Ranks | None, resolve: Callable[[], T]) -> T:
     except pytest.UsageError as error:
         mine = Outcome("failed", str(error))
     if failed := blamed(ranks.exchange(mine), "failed"):
+        if ranks.rank:
+            time.sleep(1.0)  # torchrun ends everybody at the first that leaves: let rank 0 say it
         raise pytest.UsageError(failed)
     return result  # type: ignore[return-value]
 
