@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import environment, topology
-from .summary import Benchmark, Column, Line, _reasons, _significant, _table
+from .summary import Benchmark, Column, Line, _significant, _table
 
 
 def write(reporter: Any, session: Any) -> None:
@@ -77,6 +78,16 @@ def _speedup(benchmark: Benchmark) -> str:
     if info["speedup"] is None:
         return "–"
     return f"{info['speedup']:.2f}× [{info['speedup_ci_low']:.2f}, {info['speedup_ci_high']:.2f}]"
+
+
+def _reasons(reasons: dict[str, str], width: int) -> Iterable[Line]:
+    """Each cell and why it is empty, as long as that takes."""
+    for cell, reason in sorted(reasons.items()):
+        name = cell.rpartition(" × ")[2].partition(" (")[0]
+        text = f"{cell}: {reason.removeprefix(f'{name}: ')}"
+        style = {"red": True} if reason.startswith("FAILED") else {"yellow": True}
+        for line in textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="      "):
+            yield Line(line, style)
 
 
 def _empty_cells(workload: str, not_run: dict[tuple[str, str, str], str]) -> dict[str, str]:

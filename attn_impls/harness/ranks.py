@@ -11,6 +11,7 @@ import datetime
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -86,6 +87,8 @@ class Ranks:
     def connect(self, device: str) -> None:
         """Make the process groups for a type of device, whose current device is this rank's."""
         self.device = device
+        # or a gather beside a kernel that fills the GPU would start only when that kernel ends
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         self.backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
             self.backend,
@@ -234,11 +237,9 @@ class Ranks:
         main = threading.main_thread().ident
         while time.monotonic() - self._beaten < limit:
             time.sleep(min(1.0, limit / 10))
-        import sys
-
         frame = sys._current_frames().get(main)  # type: ignore[arg-type]
         where = "".join(traceback.format_stack(frame)[-6:])
-        self.on_stall(f"stuck for {limit:g} s in {self.phase}:\n{where}")
+        self.on_stall(f"stuck for {limit:g} s in {self.phase} (if that is no fault, raise --rank-timeout):\n{where}")
 
     def on_stall(self, why: str) -> None:
         """Replaced by whoever has more to save."""

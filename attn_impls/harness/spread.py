@@ -265,7 +265,7 @@ class Spreads:
     def _describe(self, case: Case, form: Form, seconds: float, verdict: SpreadVerdict) -> dict[str, Any]:
         w, implementation, selection = case.workload, case.implementation, self.session.selection
         return {
-            "strategy": "tensor",
+            "strategy": form.strategy,
             "form": form.name,
             "implementation": implementation.name,
             "library": implementation.dist or "torch",

@@ -92,6 +92,7 @@ class Form(NamedTuple):
 
     name: str
     plan: type[Plan]
+    strategy: str = "tensor"
 
 
 def only_heads(reference: Reference, heads: list[int]) -> Reference:
