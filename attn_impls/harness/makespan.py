@@ -52,9 +52,10 @@ class Track(Subject):
     """A subject with every rank's seconds of each sample."""
 
     by_rank: list[list[float]] = field(default_factory=list)
+    retries: int = 0
 
-    def timed(self, rounds: slice) -> Track:
-        return Track(self.call, self.loops, self.samples[rounds], self.by_rank[rounds])
+    def timed(self, rounds: slice, retries: int) -> Track:
+        return Track(self.call, self.loops, self.samples[rounds], self.by_rank[rounds], retries)
 
     @property
     def median(self) -> float:
@@ -86,7 +87,7 @@ class Rounds:
         planned, warmup = self.ranks.decided(self._plan())
         rounds = rounds or planned
         warmup = warmup if warmup_rounds is None else warmup_rounds
-        done = len(self.subject.samples)
+        done, retries = len(self.subject.samples), self.clock.retries
         timed = slice(done + warmup, done + warmup + rounds)
         try:
             benchmark.pedantic(
@@ -99,7 +100,7 @@ class Rounds:
         except BaseException:
             benchmark.has_error = True
             raise
-        return {name: track.timed(timed) for name, track in self.tracks.items()}
+        return {name: track.timed(timed, self.clock.retries - retries) for name, track in self.tracks.items()}
 
     def _sample(self, track: Track) -> Sample:
         sample = self.clock.sample(track)

@@ -224,12 +224,10 @@ class RankHooks:
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         machine_info.update(topology.facts(self.ranks))
 
-    def pytest_benchmark_compare_machine_info(self, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
-        there = compared_benchmark["machine_info"].get("world_size")
-        if there != self.ranks.size:
-            raise pytest.UsageError(
-                f"--benchmark-compare: this run is on {self.ranks.size} ranks, that one was on {there or 'none'}"
-            )
+    def pytest_benchmark_compare_machine_info(self, compared_benchmark: dict[str, Any]) -> None:
+        here, there = self.ranks.size, compared_benchmark["machine_info"].get("world_size")
+        if there != here:
+            raise pytest.UsageError(f"--benchmark-compare: this run is on {here} ranks, that one was on {there or 'none'}")
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Also where pytest.exit ends up, and with it a rank that was lost."""

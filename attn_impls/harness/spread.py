@@ -55,6 +55,7 @@ class Spreads:
         self.not_run: dict[tuple[str, str, str], str] = {}  # (workload id, form, implementation): why
         self._answers: tuple[Problem | None, dict[str, tuple[Reference, Reference]]] = (None, {})
         self._same_inputs: set[Workload] = set()
+        self._alone_missing = ""  # why one rank cannot do the whole problem of the case at hand
         self._probe: makespan.Probe | None = None
 
     @property
@@ -196,13 +197,16 @@ class Spreads:
         """The same implementation's kernel for the whole problem; None where one rank cannot do it alone."""
 
         def alone() -> Kernel | None:
+            self._alone_missing = ""
             try:
                 return build(case, problem.plain.as_layout(case.implementation.layout))[0]
-            except (CaseFailed, Unsupported):  # the parts have run, so what one rank lacks for the whole is memory
+            except (CaseFailed, Unsupported) as error:  # most often memory: the parts may still run
+                self._alone_missing = str(error).splitlines()[0]
                 return None
 
         kernel = self.ranks.guarded("one rank alone", alone)
-        return kernel if all(self.ranks.exchange(kernel is not None)) else None
+        self._alone_missing = next(filter(None, self.ranks.exchange(self._alone_missing)), "")
+        return None if self._alone_missing else kernel
 
     def _unsharded_error(self, case: Case, problem: Problem, whole: Kernel) -> float:
         layout = case.implementation.layout
@@ -220,7 +224,7 @@ class Spreads:
         """The flat extra_info that the rounds, the probe and one more call give."""
         track, n = timing["ranks"], self.ranks.size
         alone, silent, traffic = timing.get("one rank"), timing.get("silent"), plan.traffic()
-        facts = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, 0), self.session.clock)
+        facts = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), self.session.clock)
         ratio = [facts.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]
         exposed = track.median - silent.median if silent else 0.0
         costs = measure.cost(track.call, self.session.clock, track.median)
@@ -229,6 +233,7 @@ class Spreads:
             **dict(zip(("speedup", "speedup_ci_low", "speedup_ci_high"), ratio, strict=True)),
             "efficiency": ratio[0] and ratio[0] / n,
             "one_rank_s": alone and alone.median,
+            "one_rank_missing": self._alone_missing,
             "one_rank_median_s_by_rank": alone and alone.rank_medians,
             "median_s_by_rank": track.rank_medians,
             "slowest_rank": max(range(n), key=track.rank_medians.__getitem__),

@@ -20,6 +20,8 @@ from .collectives import all_gather, reduce_scatter
 from .heads import partition
 from .plan import Form, Plan, Spread, Traffic, only_heads
 
+NO_BACKWARD = "does not support backward"  # torch flex_attention on a CPU
+
 
 def pick(tensor: torch.Tensor, heads: list[int]) -> torch.Tensor:
     """Some heads of a [B, H, S, D] tensor, copied; zeros for head -1."""
@@ -91,12 +93,26 @@ class Core(Plan):
         (inputs,), layout = share, self.spread.layout
         leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
         mine = pick(dout, self.heads)
-        out = self.kernels[0](*leaves)
+        out = self._with_gradient(leaves)
         found = torch.autograd.grad(out, leaves, mine if layout == "bhsd" else mine.transpose(1, 2).contiguous())
         dq, dk, dv = (self.bhsd(tensor).contiguous() for tensor in found)
         if self.partition.sharing > 1:
             self.sum_shared(dk, dv)
         return Inputs(dq, dk, dv)
+
+    def _with_gradient(self, leaves: list[torch.Tensor]) -> torch.Tensor:
+        """The kernel's output with its graph. Raises Unsupported where the kernel says, or shows, that it is forward only."""
+        try:
+            out = self.kernels[0](*leaves)
+        except Exception as error:
+            if NO_BACKWARD in str(error):
+                raise Unsupported(
+                    f"no backward: {next(line for line in str(error).splitlines() if NO_BACKWARD in line)}"
+                ) from None
+            raise
+        if not out.requires_grad:
+            raise Unsupported("forward only: its output carries no gradient")
+        return out
 
     def sum_shared(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
         """Ranks that hold the same KV head each know the gradient of their own queries only: add them up."""
