@@ -25,7 +25,8 @@ def configure(config: pytest.Config) -> None:
     selected = selection.resolve(options.read_options(config))
     session = Session(config, selected)
     config.stash[SESSION] = session
-    config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case))
+    alone = not float(config.getini("faulthandler_timeout") or 0)
+    config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case), backstop=alone)
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -89,7 +90,7 @@ def report_header(config: pytest.Config) -> list[str]:
     if selected.device == "cuda":
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
-        device = f"no GPU in use, CPU implementations only ({torch.get_num_threads()} threads)"
+        device = f"no GPU in use, CPU implementations only (torch threads: {torch.get_num_threads()})"
     lines = [f"attention: {device}, torch {torch.__version__}, seed {selected.seed}"]
     if selected.cpu_rule:
         lines.append(f"CPU-sized presets: {selected.cpu_rule}")
@@ -99,7 +100,8 @@ def report_header(config: pytest.Config) -> list[str]:
 @contextlib.contextmanager
 def watched(item: pytest.Item) -> Iterator[None]:
     """Time-limit a test over cases."""
-    if _case_of(item) is None:
+    debugged = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
+    if _case_of(item) is None or debugged:
         yield
         return
     watchdog = item.config.stash[WATCHDOG]
