@@ -319,9 +319,10 @@ def test_hostile_names_are_cut_at_the_edge(info, width):
 @pytest.mark.parametrize("width", [80, 160])
 def test_one_long_name_does_not_take_everybody_s_time_away(width):
     lines = texts([saved("a", 1.11e-3), saved("x" * 300, 2.22e-3)], width=width)
-    assert "device ms" in lines[2]
-    assert "1.11" in lines[3]
-    assert "2.22" in lines[4]
+    head, first, second = (line for line in lines if line.startswith("  ") and line[2] != " ")
+    assert "device ms" in head
+    assert "1.11" in first
+    assert "2.22" in second
 
 
 def test_a_reason_of_several_lines_stays_one_line():
