@@ -75,7 +75,7 @@ PRESETS |= {
 
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")
 
-CPU_RULE = "batch ≤ 2, heads ÷ 4 (or 2, where 4 does not divide heads and KV heads), lengths and window ÷ 16 (not below 32)"
+CPU_RULE = "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window ÷ 16 (not below 32)"
 
 
 def preset(name: str) -> Workload:

@@ -143,6 +143,9 @@ def discover() -> dict[str, Implementation]:
 def load_file(path: str | Path) -> list[Implementation]:
     """Import a Python file and return the implementations it registers. Raises ValueError with one line."""
     path = Path(path)
+    known = [i for i in REGISTRY.values() if i.source and Path(i.source).resolve() == path.resolve()]
+    if known:
+        return known
     if not path.is_file():
         raise ValueError(f"implementation file {str(path)!r} does not exist")
     before = set(REGISTRY)

@@ -256,7 +256,7 @@ def test_show_prints_the_table_of_a_saved_run(tmp_path, capsys, monkeypatch):
     write_json(tmp_path / "run.json", {**HEADER, "benchmarks": [case("slow", 4e-4), case("fast", 1e-4)]})
     assert main(["show", str(tmp_path / "run.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "CPU: Fake CPU · 2 threads"
+    assert lines[0] == "CPU: Fake CPU · torch threads: 2"
     assert any(line.startswith(WORKLOAD) for line in lines)
     assert [line.split()[0] for line in lines if "✓ 0.25" in line] == ["fast", "slow"]
 

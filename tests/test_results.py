@@ -256,7 +256,7 @@ def test_table_names_what_ran_and_why_the_rest_did_not(mixed):
 
 def test_table_names_the_machine(mixed):
     head = mixed.table.partition("\n\n")[0]
-    assert re.search(r"^CPU: .+ threads", head, re.MULTILINE)
+    assert re.search(r"^CPU: .+ threads: \d+", head, re.MULTILINE)
     assert re.search(rf"torch \d.*pytest {re.escape(pytest.__version__)}", head)
     assert socket.gethostname() not in mixed.table
 

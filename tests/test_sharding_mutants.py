@@ -13,7 +13,7 @@ from attn_impls.harness.judge import Problem
 from attn_impls.harness.spread import outcome
 from attn_impls.parallel import Form
 from attn_impls.parallel.tensor import Core, Gather, GatherOverlapped, Project, ProjectScatter
-from attn_impls.registry import REGISTRY, discover
+from attn_impls.registry import REGISTRY, Implementation, discover
 
 pytestmark = pytest.mark.distributed(strategy="tensor")
 
@@ -145,8 +145,18 @@ FORWARD = [
     (WeightOfAnotherRank, MHA),
     (ScatteredInReverse, GQA),
 ]
+IMPLEMENTATIONS = {
+    "bhsd": lambda: REGISTRY["sdpa-math"],
+    "bshd": lambda: Implementation("sdpa-math-bshd", _transposed, layout="bshd"),
+}
 RIGHT = [(plan, w) for plan in (Core, Gather, GatherOverlapped, Project, ProjectScatter) for w in (MHA, GQA, SHARED_KV)]
 BACKWARD = [SharedKvNotSummed, SharedKvSummedOverAll]
+
+
+def _transposed(w):
+    """SDPA's math backend on the layout of the flash-attn libraries."""
+    kernel = REGISTRY["sdpa-math"](w)
+    return lambda q, k, v: kernel(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2).contiguous()
 
 
 @pytest.fixture
@@ -154,9 +164,9 @@ def judged(spreads):
     """The verdict on a plan class for a workload, and the gradients' errors."""
     discover()
 
-    def judge(plan, identity, gradients=False):
+    def judge(plan, identity, gradients=False, layout="bhsd"):
         w, device = Workload.parse(identity), spreads.session.device
-        case = Case(w, REGISTRY["sdpa-math"], device)
+        case = Case(w, IMPLEMENTATIONS[layout](), device)
         problem, form = Problem(w, device, 0), Form(plan.__name__, plan)
         if gradients:
             return spreads.gradient_errors(case, form, problem)
@@ -174,8 +184,9 @@ def several_ranks(spreads):
 
 
 @pytest.mark.parametrize(("plan", "workload_id"), RIGHT, ids=lambda x: getattr(x, "__name__", x))
-def test_the_right_way_passes(judged, plan, workload_id):
-    assert judged(plan, workload_id).failure == ""
+@pytest.mark.parametrize("layout", IMPLEMENTATIONS)
+def test_the_right_way_passes(judged, layout, plan, workload_id):
+    assert judged(plan, workload_id, layout=layout).failure == ""
 
 
 @pytest.mark.parametrize(("plan", "workload_id"), FORWARD, ids=lambda x: getattr(x, "__name__", x))
@@ -183,9 +194,10 @@ def test_a_mutant_is_rejected(judged, plan, workload_id):
     assert judged(plan, workload_id).error_over_budget > 2
 
 
+@pytest.mark.parametrize("layout", IMPLEMENTATIONS)
 @pytest.mark.parametrize("workload_id", [MHA, GQA, SHARED_KV])
-def test_the_right_gradients_pass(judged, workload_id):
-    errors = judged(Core, workload_id, gradients=True)
+def test_the_right_gradients_pass(judged, workload_id, layout):
+    errors = judged(Core, workload_id, gradients=True, layout=layout)
     assert max(errors.values()) <= 1, errors
 
 

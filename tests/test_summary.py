@@ -59,7 +59,7 @@ def texts(benchmarks, not_run=None, machine=(), width=160):
 
 def tables(lines):
     """The cells of every indented line; columns are two blanks apart."""
-    return [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith("  ")]
+    return [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith("  ") and line[2] != " "]
 
 
 FOUR = [
@@ -121,7 +121,7 @@ def test_everything_asked_for_is_in_the_table_fastest_first(width):
 )
 def test_no_line_of_a_table_is_longer_than_the_terminal(width, benchmarks):
     reasons = {(SEED, name): f"{name}: not installed: {'pip install it, ' * 20}" for name in ("xformers", "flex")}
-    lines = [line for line in texts(benchmarks, reasons, width=width) if line.startswith("  ")]
+    lines = [line for line in texts(benchmarks, reasons, width=width) if line.startswith("  ") and line[2] != " "]
     assert len(lines) == 1 + len(benchmarks) + 2
     assert max(map(len, lines)) <= width
     assert len({len(line) for line in lines[1 + len(benchmarks) :]}) == 1  # both reasons were cut at the edge
@@ -145,7 +145,7 @@ def test_columns_go_by_rank_and_never_the_implementation_or_the_time():
         columns = set(tables(lines)[0])
         rank = max(n for n in range(len(RANKS)) if RANKS[n] <= columns)
         assert columns == set().union(*RANKS[: rank + 1])
-        assert max(len(line) for line in lines if line.startswith("  ")) <= width
+        assert max(len(line) for line in lines if line.startswith("  ") and line[2] != " ") <= width
         seen.append(rank)
     assert seen == sorted(seen)
     assert set(seen) == set(range(len(RANKS)))  # each of them alone
@@ -307,7 +307,11 @@ def test_a_field_that_is_missing_costs_its_cell_only(key, make):
     "info", [{"implementation": "x" * 300}, {"chosen": "y" * 300}, {"implementation": "→✓" * 90, "kernels": [""]}]
 )
 def test_hostile_names_are_cut_at_the_edge(info, width):
-    lines = [line for line in texts([saved("a", 1e-3, **info), saved("b", 2e-3)], width=width) if line.startswith("  ")]
+    lines = [
+        line
+        for line in texts([saved("a", 1e-3, **info), saved("b", 2e-3)], width=width)
+        if line.startswith("  ") and line[2] != " "
+    ]
     assert len(lines) == 3
     assert max(map(len, lines)) <= width
 
@@ -315,9 +319,10 @@ def test_hostile_names_are_cut_at_the_edge(info, width):
 @pytest.mark.parametrize("width", [80, 160])
 def test_one_long_name_does_not_take_everybody_s_time_away(width):
     lines = texts([saved("a", 1.11e-3), saved("x" * 300, 2.22e-3)], width=width)
-    assert "device ms" in lines[2]
-    assert "1.11" in lines[3]
-    assert "2.22" in lines[4]
+    head, first, second = (line for line in lines if line.startswith("  ") and line[2] != " ")
+    assert "device ms" in head
+    assert "1.11" in first
+    assert "2.22" in second
 
 
 def test_a_reason_of_several_lines_stays_one_line():

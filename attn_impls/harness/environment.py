@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def describe(info: dict[str, Any], state: dict[str, Any]) -> list[str]:
         lines = [f"{count}{info['gpu']} · driver {info['driver']} · CUDA {info['cuda']} · cuDNN {info['cudnn']}"]
     else:
         brand = info.get("cpu", {}).get("brand_raw") or info.get("machine", "CPU")
-        lines = [f"CPU: {brand} · {info.get('threads')} threads"]
+        lines = [f"CPU: {brand} · torch threads: {info.get('threads')}"]
     versions = {"torch": info.get("torch"), "triton": info.get("triton"), **info.get("libraries", {})}
     lines.append(" · ".join(f"{name} {version}" for name, version in versions.items() if version))
     if state:
@@ -89,7 +90,10 @@ def device_bytes(device: str) -> int:
     """All memory of the device, used or not."""
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container may have less; "max" is no number
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def max_sm_mhz() -> float:

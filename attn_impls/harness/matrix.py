@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import environment, topology
-from .summary import Benchmark, Column, Line, _significant, _table
+from .summary import Benchmark, Column, Line, _significant, _table, _wrapped
 
 
 def write(reporter: Any, session: Any) -> None:
@@ -37,14 +36,16 @@ def render(results: list[Benchmark], not_run: dict[tuple[str, str, str], str], m
         rows.sort(key=lambda b: (forms.index(b["extra_info"]["form"]), b["stats"]["median"]))
         if rows:
             lines += _table(rows, _columns(rows), width)
-        lines += _reasons(_empty_cells(workload, not_run), width)
-    return [*lines, Line(""), *(Line(text) for text in LEGEND)]
+        lines += _reasons(_empty_cells(workload, not_run))
+    lines += [Line(""), *(Line(text) for text in LEGEND)]
+    return [Line(part, line.style) for line in lines for part in _wrapped(line.text, width)]
 
 
 LEGEND = (
-    "makespan: the slowest rank of each round · speed-up: over the same kernel with the whole problem on one rank, in",
-    "the same rounds (each rank alone, the slowest taken) · exposed: makespan minus the same form with nothing sent · bound: one",
-    "rank's time shared out, plus this session's bare collective · imbalance: slowest rank over the mean",
+    "makespan: the slowest rank of each round",
+    "speed-up: over the same kernel with the whole problem on one rank, in the same rounds (each rank alone, the slowest taken)",
+    "exposed: makespan minus the same form with nothing sent",
+    "bound: one rank's time shared out, plus this session's bare collective · imbalance: slowest rank over the mean",
 )
 
 
@@ -80,14 +81,11 @@ def _speedup(benchmark: Benchmark) -> str:
     return f"{info['speedup']:.2f}× [{info['speedup_ci_low']:.2f}, {info['speedup_ci_high']:.2f}]"
 
 
-def _reasons(reasons: dict[str, str], width: int) -> Iterable[Line]:
-    """Each cell and why it is empty, as long as that takes."""
+def _reasons(reasons: dict[str, str]) -> Iterable[Line]:
     for cell, reason in sorted(reasons.items()):
         name = cell.rpartition(" × ")[2].partition(" (")[0]
-        text = f"{cell}: {reason.removeprefix(f'{name}: ')}"
         style = {"red": True} if reason.startswith("FAILED") else {"yellow": True}
-        for line in textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="      "):
-            yield Line(line, style)
+        yield Line(f"  {cell}: {reason.removeprefix(f'{name}: ')}", style)
 
 
 def _empty_cells(workload: str, not_run: dict[tuple[str, str, str], str]) -> dict[str, str]:

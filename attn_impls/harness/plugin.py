@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import environment, options, rank_hooks, selection, summary, workers
+from . import environment, options, rank_start, selection, summary, workers
 from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
@@ -22,13 +22,14 @@ WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
 
 def configure(config: pytest.Config) -> None:
     """Resolve the options; every usage error is raised here, before anything runs or is written."""
-    ranks = rank_hooks.meet(config)
+    ranks = rank_start.meet(config)
     workers.refuse_benchmarks(config)
-    selected = rank_hooks.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
+    selected = rank_start.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
     session = Session(config, selected, ranks)
     config.stash[SESSION] = session
-    config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case))
-    rank_hooks.connect(config, session)
+    alone = not float(config.getini("faulthandler_timeout") or 0)
+    config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case), backstop=alone)
+    rank_start.connect(config, session)
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -96,7 +97,7 @@ def report_header(config: pytest.Config) -> list[str]:
     if selected.device == "cuda":
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
-        device = f"no GPU in use, CPU implementations only ({torch.get_num_threads()} threads)"
+        device = f"no GPU in use, CPU implementations only (torch threads: {torch.get_num_threads()})"
     lines = [f"attention: {device}, torch {torch.__version__}, seed {selected.seed}"]
     if selected.cpu_rule:
         lines.append(f"CPU-sized presets: {selected.cpu_rule}")
@@ -106,7 +107,8 @@ def report_header(config: pytest.Config) -> list[str]:
 @contextlib.contextmanager
 def watched(item: pytest.Item) -> Iterator[None]:
     """Time-limit a test over cases."""
-    if _case_of(item) is None:
+    debugged = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
+    if _case_of(item) is None or debugged:
         yield
         return
     watchdog = item.config.stash[WATCHDOG]
@@ -139,11 +141,11 @@ def rerun_command(config: pytest.Config, nodeid: str) -> str:
     """The command line that runs one test of this run again, with the options that this run had."""
     arguments = [a for a in config.invocation_params.args if isinstance(a, str)]
     kept: list[str] = []
-    flags = {option.flag for option in options.OPTIONS}
+    valued = {option.flag: bool(option.metavar) for option in options.OPTIONS}
     for n, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
-        if flag in flags:
-            kept += [argument] if value else arguments[n : n + 2]
+        if flag in valued:
+            kept += arguments[n : n + 2] if valued[flag] and not value else [argument]
     file, _, test = nodeid.partition("::")
     path = os.path.relpath(config.rootpath / file, config.invocation_params.dir)
     return shlex.join([*launched_by(), "pytest", f"{path}::{test}", *kept])

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -169,7 +170,10 @@ class Session:
                 facts["vs_sdpa"] = 1.0
             benchmark.extra_info.update(facts)
             self.results.append(benchmark.stats.as_dict())
-            self.journal.add(self.header, self.results[-1])
+            try:
+                self.journal.add(self.header, self.results[-1])
+            except OSError as error:  # the results are still in memory, and pytest-benchmark saves them
+                warnings.warn(f"no journal of this run: {error}", stacklevel=2)
 
     def _baseline(self, case: Case, problem: Problem) -> Any:
         """The SDPA call to pair with; None for SDPA itself and where SDPA has no right answer to this workload."""

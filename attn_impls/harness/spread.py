@@ -14,8 +14,8 @@ import torch
 
 from ..parallel.plan import Form, Plan, Spread, only_heads
 from ..registry import Kernel, Unsupported
-from ..workload import DTYPE_NAMES, Workload
-from . import environment, gradients, limits, makespan, measure, topology
+from ..workload import Workload
+from . import environment, gradients, limits, makespan, scaling, topology
 from .case import Case, CaseFailed, build, call, guard, release
 from .inputs import Inputs
 from .judge import Problem
@@ -156,9 +156,18 @@ class Spreads:
         if not benchmark.enabled:
             return
         try:
-            facts = self.ranks.guarded("probing", lambda: self._facts(plan, timing), collective=True)
+            probing = partial(scaling.facts, plan, timing, self.probe, self.session.clock)
+            facts = self.ranks.guarded("probing", probing, collective=True)
             self.ranks.guarded("physics", lambda: self._reject_impossible(case, timing["ranks"].median))
-            facts |= self._describe(case, form, timing["ranks"].median, verdict) | {"build_s": build_seconds}
+            facts |= scaling.identity(case, form, selection, timing["ranks"].median)
+            facts |= {
+                "error_over_budget": verdict.error_over_budget,
+                "unsharded_error_over_budget": verdict.unsharded_error_over_budget,
+                "one_rank_missing": self._alone_missing,
+                "world_size": self.ranks.size,
+                "nodes": self.ranks.nodes,
+                "build_s": build_seconds,
+            }
             self._record(benchmark, facts)
         except BaseException:
             benchmark.has_error = True
@@ -220,42 +229,6 @@ class Spreads:
 
         return max(self.ranks.exchange(self.ranks.guarded("one rank alone", alone)))
 
-    def _facts(self, plan: Plan, timing: dict[str, makespan.Track]) -> dict[str, Any]:
-        """The flat extra_info that the rounds, the probe and one more call give."""
-        track, n = timing["ranks"], self.ranks.size
-        alone, silent, traffic = timing.get("one rank"), timing.get("silent"), plan.traffic()
-        facts = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), self.session.clock)
-        ratio = [facts.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]
-        exposed = track.median - silent.median if silent else 0.0
-        costs = measure.cost(track.call, self.session.clock, track.median)
-        peaks = self.ranks.exchange(costs["peak_bytes"])
-        facts |= {
-            **dict(zip(("speedup", "speedup_ci_low", "speedup_ci_high"), ratio, strict=True)),
-            "efficiency": ratio[0] and ratio[0] / n,
-            "one_rank_s": alone and alone.median,
-            "one_rank_missing": self._alone_missing,
-            "one_rank_median_s_by_rank": alone and alone.rank_medians,
-            "median_s_by_rank": track.rank_medians,
-            "slowest_rank": max(range(n), key=track.rank_medians.__getitem__),
-            "imbalance": track.imbalance,
-            "silent_s": silent and silent.median,
-            "exposed_s": exposed,
-            "padding_bound": plan.bound,
-            "host_us": costs["host_us"],
-            "peak_bytes_by_rank": peaks,
-            "peak_bytes": None if None in peaks else max(peaks),
-        }
-        if traffic:
-            facts |= {
-                "collective": traffic.collective,
-                "message_bytes": traffic.bytes,
-                "probe_s": self.probe.seconds(traffic),
-                "probe_bus_gb_per_s": self.probe.bus_bytes_per_s(traffic) / 1e9,
-            }
-        facts["bound_s"] = bound_seconds(plan, alone.median if alone else None, facts.get("probe_s", 0.0), n)
-        facts["percent_of_bound"] = facts["bound_s"] and 100 * facts["bound_s"] / track.median
-        return facts
-
     def _reject_impossible(self, case: Case, seconds: float) -> None:
         if self.session.device != "cuda":
             return
@@ -266,40 +239,6 @@ class Spreads:
                 f"{case.implementation.name} took {seconds * 1e6:.2f} µs on {self.ranks.size} ranks, and physics needs "
                 f"{bound / self.ranks.size * 1e6:.2f} µs: timing did not wait for the kernel, or the FLOP count is wrong"
             )
-
-    def _describe(self, case: Case, form: Form, seconds: float, verdict: SpreadVerdict) -> dict[str, Any]:
-        w, implementation, selection = case.workload, case.implementation, self.session.selection
-        return {
-            "strategy": form.strategy,
-            "form": form.name,
-            "implementation": implementation.name,
-            "library": implementation.dist or "torch",
-            "library_version": implementation.version,
-            "approximate": implementation.approximate,
-            "layout": implementation.layout,
-            "workload": str(w),
-            **{name: getattr(w, name) for name in w.__dataclass_fields__},
-            "dtype": DTYPE_NAMES[w.dtype],
-            "label": selection.labels.get(w, ""),
-            "direction": "forward",
-            "device": torch.cuda.get_device_name() if self.session.device == "cuda" else "cpu",
-            "world_size": self.ranks.size,
-            "nodes": self.ranks.nodes,
-            "flops": w.flops(),
-            "tflops": w.flops() / seconds / 1e12,
-            "error_over_budget": verdict.error_over_budget,
-            "unsharded_error_over_budget": verdict.unsharded_error_over_budget,
-            "seed": selection.seed,
-            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-
-
-def bound_seconds(plan: Plan, alone: float | None, communication: float, size: int) -> float | None:
-    """The least time of a form: one rank's time shared out (padding included), with the bare collective beside or behind it."""
-    if alone is None:
-        return None
-    compute, traffic = alone / size / plan.bound, plan.traffic()
-    return max(compute, communication) if traffic and traffic.overlapped else compute + communication
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
         lines += _group(workload, groups.get(workload, []), missing.get(workload, {}), width)
     if everywhere:
         lines += [Line(""), Line("did not run at all", {"bold": True})]
-        lines += _reasons(everywhere, width)
+        lines += _reasons(everywhere)
     lines += [Line(text) for text in _legend(benchmarks)]
     return [Line(part, line.style) for line in lines for part in _wrapped(line.text, width)]
 
@@ -53,7 +53,7 @@ def _group(workload: str, benchmarks: list[Benchmark], missing: dict[str, str], 
     if benchmarks:
         rows = sorted(benchmarks, key=lambda b: b["stats"]["median"])
         yield from _table(rows, _columns(rows), width)
-    yield from _reasons(missing, width)
+    yield from _reasons(missing)
 
 
 def _problem(info: dict[str, Any]) -> str:
@@ -152,12 +152,12 @@ def _split(
     return missing, everywhere
 
 
-def _reasons(reasons: dict[str, str], width: int) -> Iterable[Line]:
+def _reasons(reasons: dict[str, str]) -> Iterable[Line]:
     size = max(map(len, reasons), default=0)
     for name, reason in sorted(reasons.items()):
         text = f"  {name.ljust(size)}  {' '.join(reason.removeprefix(f'{name}: ').split())}"
         failed = reason.startswith("FAILED")
-        yield Line(text if len(text) <= width else text[: width - 1] + "…", {"red": True} if failed else {"yellow": True})
+        yield Line(text, {"red": True} if failed else {"yellow": True})
 
 
 def _legend(benchmarks: list[Benchmark]) -> list[str]:

@@ -14,10 +14,10 @@ GRACE_SECONDS = 10.0  # for a hang that holds the interpreter's lock, where no t
 class Watchdog:
     """Calls `on_hang(case)` from a thread when a case outlasts the timeout, then ends the process with exit code 1."""
 
-    def __init__(self, timeout: float, on_hang: Callable[[str], None]):
-        self.timeout, self.on_hang = timeout, on_hang
+    def __init__(self, timeout: float, on_hang: Callable[[str], None], backstop: bool = True):
+        """backstop: whether faulthandler's one timer is ours to take (pytest's faulthandler_timeout uses it too)."""
+        self.timeout, self.on_hang, self.backstop = timeout, on_hang, backstop
         self.stderr = os.dup(2)  # the real one: pytest captures 2 while a test runs
-        self.backstop = not faulthandler_used()
 
     def start(self, case: str) -> None:
         self.timer = threading.Timer(self.timeout, self._bark, [case])
@@ -41,8 +41,3 @@ class Watchdog:
             self.on_hang(case)
         finally:
             os._exit(1)
-
-
-def faulthandler_used() -> bool:
-    """Whether somebody asked pytest for its own faulthandler_timeout, whose one timer we would take."""
-    return "faulthandler_timeout" in os.environ.get("PYTEST_ADDOPTS", "")

@@ -105,10 +105,9 @@ class Core(Plan):
         try:
             out = self.kernels[0](*leaves)
         except Exception as error:
-            if NO_BACKWARD in str(error):
-                raise Unsupported(
-                    f"no backward: {next(line for line in str(error).splitlines() if NO_BACKWARD in line)}"
-                ) from None
+            reason = next((line for line in str(error).splitlines() if NO_BACKWARD in line), "")
+            if reason:
+                raise Unsupported(f"forward only: {reason}") from None
             raise
         if not out.requires_grad:
             raise Unsupported("forward only: its output carries no gradient")
