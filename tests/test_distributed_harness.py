@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ SUITE = ("conftest.py", "pytest.ini", "tests/test_distributed.py")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTEST_", "OMP_NUM_THREADS")
 WORKLOAD = "b1-h4kv2-s64-d32-causal-fp32"
 ONE_CASE = ("--workload", WORKLOAD, "--impl", "handcrafted", "--form", "core", "--rounds", "20", "--warmup-rounds", "1")
+PLAIN = ("-p", "no:cacheprovider", "--device", "cpu")  # a machine may have fewer GPUs than these runs have ranks
 TIMEOUT = 10
 STARTUP = 40  # seconds that a loaded machine may take to import torch in every rank
 
@@ -55,7 +57,7 @@ def environment():
 
 def start(folder, *arguments, ranks=2, launcher=()):
     launcher = launcher or ("--standalone", "--nproc-per-node", str(ranks))
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "pytest", *PLAIN, *arguments]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -188,18 +190,11 @@ def test_heads_that_cannot_be_shared_are_padded_on_request_only(suite_copy):
 @pytest.mark.slow
 def test_two_nodes_over_loopback(suite_copy):
     folder, began = suite_copy(), time.monotonic()
-    where = (
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:29517",
-        "--rdzv-id",
-        "t",
-    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "loopback")
+    where = ("--nnodes", "2", "--nproc-per-node", "1", *meeting)
     nodes = [start(folder, *ONE_CASE, "--benchmark-json=run.json", launcher=where) for _ in range(2)]
     runs = [finish(node, folder, began, 2 * STARTUP) for node in nodes]
     assert [run.code for run in runs] == [0, 0], runs[0].out + runs[1].out
@@ -412,7 +407,7 @@ def test_usage_errors_are_said_once(suite_copy):
 
 def test_without_torchrun_one_line_says_how(suite_copy):
     folder = suite_copy()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *ONE_CASE]
+    command = [sys.executable, "-m", "pytest", *PLAIN, *ONE_CASE]
     run = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=STARTUP, check=False)
     assert run.returncode == 5
     lines = [line for line in run.stdout.splitlines() if "torchrun --nproc-per-node N -m pytest -m distributed" in line]

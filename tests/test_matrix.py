@@ -1,0 +1,56 @@
+"""The table of a distributed run: its rows, and why its other cells are empty."""
+
+from attn_impls.harness import matrix
+
+W = "b1-h8-s64-d32-bf16"
+
+
+def result(form, implementation, median, **info):
+    facts = {"workload": W, "label": "", "form": form, "implementation": implementation, "imbalance": 1.0125, "slowest_rank": 1}
+    ratio = {"speedup": 1.9, "speedup_ci_low": 1.8, "speedup_ci_high": 2.0, "efficiency": 0.95, "error_over_budget": 0.25}
+    return {"stats": {"median": median}, "extra_info": facts | ratio | {"exposed_s": 1e-3} | info}
+
+
+def text(results, not_run=None, width=200):
+    return [line.text for line in matrix.render(results, not_run or {}, ["machine"], width)]
+
+
+def test_forms_in_their_order_and_implementations_fastest_first():
+    results = [result("core", "b", 2e-3), result("core", "a", 1e-3), result("gather", "b", 4e-3), result("gather", "a", 5e-3)]
+    rows = [line.split()[:2] for line in text(results) if line.startswith(("  core", "  gather"))]
+    assert rows == [["core", "a"], ["core", "b"], ["gather", "b"], ["gather", "a"]]
+
+
+def test_a_row_says_all_that_was_measured():
+    lines = text([result("gather", "a", 2e-3, percent_of_bound=83.2, probe_bus_gb_per_s=231.0)])
+    row = next(line for line in lines if " a " in line)
+    for cell in ("2", "1.90× [1.80, 2.00]", "95.0 %", "1", "83 %", "1.012 (rank 1)", "231", "✓ 0.25"):
+        assert cell in row, cell
+
+
+def test_without_one_rank_s_time_there_is_no_ratio():
+    row = next(line for line in text([result("core", "a", 2e-3, speedup=None, efficiency=None)]) if " a " in line)
+    assert row.count("–") >= 2
+
+
+def test_a_reason_that_all_forms_share_stands_once():
+    not_run = {(W, form, "absent"): "absent: not installed" for form in ("core", "gather")}
+    not_run[W, "gather", "a"] = "a: q_len is odd"
+    not_run[W, "core", "b"] = "FAILED: b differs from the oracle"
+    lines = text([result("core", "a", 1e-3)], not_run)
+    assert [line for line in lines if "absent" in line] == ["  absent: not installed"]
+    assert "  gather × a: q_len is odd" in lines
+    assert any(line.startswith("  core × b: FAILED: b differs") for line in lines)
+    red = [line.text for line in matrix.render([], not_run, [], 200) if line.style.get("red")]
+    assert red == ["  core × b: FAILED: b differs from the oracle"]
+
+
+def test_no_line_is_longer_than_the_screen():
+    not_run = {(W, "gather", "a"): "a: " + "a long reason " * 20}
+    assert max(map(len, text([result("core", "a", 1e-3)], not_run, 80))) <= 80
+
+
+def test_the_ranks_in_words():
+    info = {"world_size": 2, "backend": "nccl", "nccl": "2.28.9", "topology": "2 GPUs a node"}
+    assert matrix.describe(info) == "2 ranks · nccl 2.28.9 · 2 GPUs a node"
+    assert matrix.describe(info | {"backend": "gloo", "nccl": None}) == "2 ranks · gloo · 2 GPUs a node"
