@@ -305,6 +305,8 @@ def test_a_fault_ends_every_rank_in_time(suite_copy, fault):
     code, signs = FAULTS[fault]
     folder = suite_copy(tests__test_fault=FAULT % code)
     run = torchrun(folder, "tests/test_distributed.py", "tests/test_fault.py", *ONE_CASE, "--benchmark-json=run.json", "-v")
+    (journal,) = folder.glob(".benchmarks/journal/*.jsonl")
+    assert time.time() - journal.stat().st_mtime < TIMEOUT + 10  # since the case before the fault was finished
     assert run.code != 0
     for sign in signs:
         assert re.search(sign, run.out), f"{sign} is not on the screen:\n{run.out}"

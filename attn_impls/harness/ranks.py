@@ -32,6 +32,7 @@ PEER_SIGNS = ("Connection closed by peer", "Timed out", "timed out", "Connection
 # Shares of --rank-timeout. On gloo a collective fails first, then a rank that is stuck says where it stands. NCCL ends the
 # process of a collective that timed out, so there the rank speaks first.
 DATA_SHARE = {"cpu": 0.6, "cuda": 0.8}
+LEAST_SHARE = 0.25  # that a rank waits for the others, however late it comes itself
 PULSE_SHARE = {"cpu": 0.8, "cuda": 0.6}
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Ranks:
         self.poison = ""  # why no collective can be trusted any more
         self.ending = ""  # why this process was told to end
         self._step = 0
-        self._beaten = time.monotonic()
+        self._beaten = self._agreed = time.monotonic()
         self._store, _, _ = next(dist.rendezvous("env://", timeout=self._delta(timeout)))
         self.store = dist.PrefixStore("attn_impls", self._store)
         self.processes: list[tuple[str, int]] = []
@@ -111,7 +112,9 @@ class Ranks:
         self._step += 1
         keys = [f"{self._step}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # its stub knows str only
-        deadline, pause = time.monotonic() + self.timeout, 0.0
+        # counted from the last agreement, for a rank that has itself waited long for a collective; but never hurried
+        deadline = max(self._agreed + self.timeout, time.monotonic() + LEAST_SHARE * self.timeout)
+        pause = 0.0
         while not self.store.check(keys):
             self.beat()
             if pause > POLL_SECONDS:
@@ -121,7 +124,7 @@ class Ranks:
         values = [pickle.loads(self.store.get(key)) for key in keys]
         if self._step > 1:  # all have come here, so all have read the step before
             self.store.delete_key(f"{self._step - 1}/{self.rank}")
-        self.beat()
+        self._agreed = self._beaten = time.monotonic()
         return values
 
     def decided(self, value: T) -> T:
@@ -134,6 +137,7 @@ class Ranks:
         mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(found, mine, group=self.control)
+        self._agreed = time.monotonic()
         return [one.tolist() for one in found]
 
     def align(self) -> None:
