@@ -39,6 +39,12 @@ SWITCHES = {
     "cudnn": (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled),
 }
 
+CHECKS = {
+    "flash": cuda.can_use_flash_attention,
+    "efficient": cuda.can_use_efficient_attention,
+    "cudnn": cuda.can_use_cudnn_attention,
+}
+
 
 def _pinned(w: Workload, backend: str):
     keywords = _arguments(w)
@@ -54,23 +60,27 @@ def _pinned(w: Workload, backend: str):
             for (enable, _, _), was in zip(switches, before):  # noqa: B905  (strict= costs time in here)
                 enable(was)
 
-    _probe(w, kernel)
+    _probe(w, kernel, keywords, backend)
     return kernel
 
 
-def _probe(w: Workload, kernel) -> None:
+def _probe(w: Workload, kernel, keywords: dict, backend: str) -> None:
     """Raise Unsupported with SDPA's own reasons where the pinned backend cannot take this workload."""
     q, k, v = (torch.empty(w.shapes()[name], dtype=w.dtype) for name in "qkv")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             kernel(q, k, v)
+            return
         except RuntimeError as error:
             if not any(phrase in str(error) for phrase in ("No available kernel", "No viable backend", "Invalid backend")):
                 raise
-            reasons = [str(warning.message).split(" (Triggered internally")[0] for warning in caught]
-            wanted = [reason for reason in reasons if "because" not in reason and "not used" not in reason]
-            raise Unsupported(f"SDPA: {' '.join(wanted or reasons) or error}") from None
+        if check := CHECKS.get(backend):
+            mask, causal, gqa = keywords.get("attn_mask"), keywords["is_causal"], w.group > 1
+            check(cuda.SDPAParams(q, k, v, mask, 0.0, causal, gqa), True)  # True: say why, as warnings
+    said = [str(warning.message).split(" (Triggered internally")[0] for warning in caught]
+    reasons = dict.fromkeys(text for text in said if "because" not in text and "not used" not in text)
+    raise Unsupported(f"SDPA {backend}: {' '.join(reasons) or 'no kernel for these inputs'}")
 
 
 @attention("sdpa-math")

@@ -35,10 +35,15 @@ def _import_fmha():
     if hide:
         sys.modules["flash_attn"] = None  # type: ignore[assignment]
     try:
-        return importlib.import_module("xformers.ops.fmha")
+        fmha = importlib.import_module("xformers.ops.fmha")
     finally:
         if hide:
             del sys.modules["flash_attn"]
+    # where its extension does not load, xFormers logs a warning and goes on without its operators
+    failure = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception
+    if failure is not None:
+        raise ImportError(f"its CUDA extension does not load: {failure.__cause__ or failure}")
+    return fmha
 
 
 def _kernel(w: Workload, operator: str = ""):
@@ -59,8 +64,9 @@ def _kernel(w: Workload, operator: str = ""):
     try:
         kernel(q, k, v)
     except (ValueError, NotImplementedError) as error:  # what xFormers raises for inputs no operator takes
-        reasons = [line.strip() for line in str(error).splitlines() if line.startswith("    ")]
-        raise Unsupported(f"xFormers: {'; '.join(reasons[-3:]) or error}") from None
+        _, _, because = str(error).partition("because:")
+        reasons = dict.fromkeys(line.strip() for line in because.splitlines() if line.startswith("    "))
+        raise Unsupported(f"xFormers: {'; '.join(reasons) or error}") from None
     return kernel
 
 

@@ -102,8 +102,9 @@ def guard(case: Case, stage: str) -> Iterator[None]:
 
 
 def release(device: str, failure: CaseFailed | None = None) -> None:
-    """Give the memory of a finished case back to the device."""
-    gc.collect()
+    """Give the memory of a finished case back to the device; after a failure, what its frames' cycles hold too."""
+    if failure:
+        gc.collect()
     if device == "cuda" and not isinstance(failure, DeviceLost):
         torch.cuda.empty_cache()
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-LEAD_CYCLES = 20_000  # keeps the GPU busy while the event before the measured spin is recorded
+LEAD_CYCLES = 60_000  # keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
 FIRST_CYCLES = 200_000  # about 0.1 ms
 MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device itself
 # The host may use this share of a spin before the next one is made longer: a launch that reaches the GPU just before the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -140,7 +141,7 @@ def cost(call: Callable[[], Any], clock: Clock, seconds: float) -> dict[str, Any
 
 
 def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float) -> float:
-    """What one call costs the CPU: the median of calls enqueued one after another behind a busy device.
+    """What one call costs the CPU: the lower quartile (interruptions only add) of calls enqueued behind a busy device.
 
     Apart from the timed rounds, where each call follows a synchronisation and finds the CPU's caches cold.
     """
@@ -153,11 +154,12 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
             started = clock.driver.host_time()
             call()
             times.append(clock.driver.host_time() - started)
-    return statistics.median(times)
+    return sorted(times)[len(times) // 4]
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most device memory one call holds beyond its inputs, the output included."""
+    gc.collect()  # garbage freed during the call would hide what the call takes
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
