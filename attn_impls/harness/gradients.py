@@ -9,6 +9,7 @@ from ..workload import Workload
 from .inputs import Inputs
 from .oracle import PLAIN, TOLERANCE, Reference, attend
 
+BACKWARD_TOLERANCE = 2 * TOLERANCE  # a backward pass recomputes the forward's products and multiplies again: five for two
 MAX_HEAD_PAIRS = 2**30  # (query, key) pairs of one KV head, whose scores autograd keeps in float64
 
 
@@ -29,7 +30,38 @@ def reference(w: Workload, inputs: Inputs, dout: torch.Tensor) -> dict[str, Refe
         raise Unsupported(f"gradients are checked up to {MAX_HEAD_PAIRS} (query, key) pairs of a KV head")
     exact = _gradients(w, inputs, dout, torch.float64, "scores")
     plain = [_gradients(w, inputs, dout, w.dtype, scaled) for scaled in PLAIN]
-    return {name: _judged(w, exact[n], [one[n] for one in plain]) for n, name in enumerate("qkv")}
+    first_order = _first_order(w, inputs, dout)
+    return {name: _judged(w, exact[n], [one[n] for one in plain], first_order[n]) for n, name in enumerate("qkv")}
+
+
+def _first_order(w: Workload, inputs: Inputs, dout: torch.Tensor) -> list[torch.Tensor]:
+    """The size of the error that rounding in the workload's dtype makes in each row of dq, dk and dv, to first order.
+
+    As for the forward pass, with unit roundoff u: a score rounded twice is off by u·|s|·√⅔, a weight, a dp and a ds rounded
+    once by u/√3 of themselves; δ = Σ dout·out of the rounded output by u·‖dout∘out‖. Independent errors add in squares.
+    """
+    mask, u = w.mask(dout.device), torch.finfo(w.dtype).eps / 2
+    found = [torch.empty(tensor.shape[:3], dtype=torch.float64, device=tensor.device) for tensor in inputs]
+    for b in range(w.batch):
+        for kv in range(w.kv_heads):
+            heads = slice(kv * w.group, (kv + 1) * w.group)
+            q, upstream = inputs.q[b, heads].double(), dout[b, heads].double()  # [G, Sq, D]
+            k, v = inputs.k[b, kv].double(), inputs.v[b, kv].double()
+            scores = q @ k.T * w.scale
+            if w.softcap:
+                scores = torch.tanh(scores / w.softcap) * w.softcap
+            p = torch.softmax(scores if mask is None else scores.masked_fill(~mask, float("-inf")), -1)
+            out, dp = p @ v, upstream @ v.T
+            ds = p * (dp - (upstream * out).sum(-1, keepdim=True))
+            relative = scores.square() * (2 / 3) + 1 / 3
+            delta = (upstream * out).square().sum(-1, keepdim=True)  # [G, Sq, 1]
+            in_ds = ds.square() * (relative + 1 / 3) + p.square() * (dp.square() / 3 + delta)
+            along_keys = (delta * (p @ k).square()).sum(-1)  # δ is one for the row: its errors do not cancel
+            squares = (in_ds @ k.square().sum(-1) + along_keys) * w.scale**2
+            found[0][b, heads] = squares.sqrt() * u
+            found[1][b, kv] = (in_ds * q.square().sum(-1, keepdim=True)).sum((0, 1)).sqrt() * u * w.scale
+            found[2][b, kv] = (p.square() * relative * upstream.square().sum(-1, keepdim=True)).sum((0, 1)).sqrt() * u
+    return found
 
 
 def _gradients(w: Workload, inputs: Inputs, dout: torch.Tensor, dtype: torch.dtype, scaled: str) -> list[torch.Tensor]:
@@ -47,15 +79,16 @@ def _gradients(w: Workload, inputs: Inputs, dout: torch.Tensor, dtype: torch.dty
     return found
 
 
-def _judged(w: Workload, exact: torch.Tensor, plain: list[torch.Tensor]) -> Reference:
-    """A row may err by the plain runs' error in it, their RMS over rows, or one unit roundoff of a typical row, times TOLERANCE.
+def _judged(w: Workload, exact: torch.Tensor, plain: list[torch.Tensor], first_order: torch.Tensor) -> Reference:
+    """The budget is BACKWARD_TOLERANCE times a row's plain errors, their RMS over rows, its first-order error, or one roundoff.
 
     The scale of a row is at least the rows' RMS: rows that hardly any query sees have gradients near zero.
     """
     norm = exact.norm(dim=-1)
     norm = norm.clamp(min=float(norm.square().mean().sqrt()))
     scale = torch.full_like(norm, torch.finfo(w.dtype).eps / 2)
+    scale = torch.maximum(scale, first_order / norm)
     for one in plain:
         error = (one.double() - exact).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-    return Reference(None, exact, norm, TOLERANCE * scale)
+    return Reference(None, exact, norm, BACKWARD_TOLERANCE * scale)

@@ -257,7 +257,10 @@ class ProjectScatter(Project):
 
 
 def projected(w: Workload, reference: Reference, inputs: Inputs, weight: torch.Tensor, size: int) -> Reference:
-    """The oracle's answer behind the projection, [B, 1, R, E], with the error that doing it plainly in `size` parts makes."""
+    """The oracle's answer behind the projection, [B, 1, R, E], with the error that doing it plainly in `size` parts makes.
+
+    What attention itself may err passes W, whose entries have variance 1/E, with its size unchanged.
+    """
 
     def side_by_side(out: torch.Tensor) -> torch.Tensor:  # [B, R, H·DV]
         return out.transpose(1, 2).flatten(2)
@@ -265,7 +268,8 @@ def projected(w: Workload, reference: Reference, inputs: Inputs, weight: torch.T
     out = (side_by_side(reference.out) @ weight.double())[:, None]
     norm = out.norm(dim=-1)
     norm = torch.where(norm > 0, norm, norm.mean())
-    scale = torch.full_like(norm, torch.finfo(w.dtype).eps / 2)
+    before = (reference.budget / TOLERANCE * reference.norm).square().sum(1, keepdim=True).sqrt()
+    scale = (before / norm).clamp(min=torch.finfo(w.dtype).eps / 2)
     heads = torch.arange(w.heads * w.v_head_dim, device=weight.device).chunk(size)
     for scaled in PLAIN:
         plain = side_by_side(attend(w, inputs, reference.rows, w.dtype, scaled))
