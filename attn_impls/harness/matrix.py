@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import environment, topology
-from .summary import Benchmark, Column, Line, _significant, _table, _wrapped
+from .summary import Benchmark, Column, Line, significant, table, wrapped
 
 
 def write(reporter: Any, session: Any) -> None:
@@ -35,10 +35,10 @@ def render(results: list[Benchmark], not_run: dict[tuple[str, str, str], str], m
         forms = list(dict.fromkeys(b["extra_info"]["form"] for b in rows))
         rows.sort(key=lambda b: (forms.index(b["extra_info"]["form"]), b["stats"]["median"]))
         if rows:
-            lines += _table(rows, _columns(rows), width)
+            lines += table(rows, _columns(rows), width)
         lines += _reasons(_empty_cells(workload, not_run))
     lines += [Line(""), *(Line(text) for text in LEGEND)]
-    return [Line(part, line.style) for line in lines for part in _wrapped(line.text, width)]
+    return [Line(part, line.style) for line in lines for part in wrapped(line.text, width)]
 
 
 LEGEND = (
@@ -62,13 +62,13 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
     return [
         Column("form", lambda b: b["extra_info"]["form"], 0, left=True),
         Column("implementation", lambda b: b["extra_info"]["implementation"], 0, left=True),
-        Column(f"makespan {unit}", lambda b: _significant(b["stats"]["median"] * factor), 0),
+        Column(f"makespan {unit}", lambda b: significant(b["stats"]["median"] * factor), 0),
         Column("speed-up [95 % CI]", _speedup, 1),
         Column("efficiency", info("efficiency", lambda x: f"{100 * x:.1f} %"), 0),
-        Column(f"exposed {unit}", info("exposed_s", lambda x: _significant(x * factor)), 1),
+        Column(f"exposed {unit}", info("exposed_s", lambda x: significant(x * factor)), 1),
         Column("% bound", info("percent_of_bound", lambda x: f"{x:.0f} %"), 2),
         Column("imbalance", slowest, 3),
-        Column("bus GB/s", info("probe_bus_gb_per_s", _significant), 4),
+        Column("bus GB/s", info("probe_bus_gb_per_s", significant), 4),
         Column("peak MiB", info("peak_bytes", lambda x: f"{x / 2**20:.0f}"), 5),
         Column("error", info("error_over_budget", lambda x: f"✓ {x:.2f}"), 2),
     ]

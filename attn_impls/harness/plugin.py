@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import environment, options, rank_start, selection, summary, workers
+from . import environment, matrix, options, rank_start, selection, summary, workers
 from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
@@ -179,7 +179,8 @@ def refuse_other_device(machine_info: dict[str, Any], compared: dict[str, Any]) 
 
 def write_summary(reporter: Any, config: pytest.Config) -> None:
     session = session_of(config)
-    if session.ranks:  # whose table is another
+    if session.ranks:
+        matrix.write(reporter, session)
         return
     if not session.results and not (session.not_run and config.getoption("benchmark_only", False)):
         return

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from . import matrix, topology
+from . import topology
 from .ranks import Outcome, Ranks, blamed
 from .session import Session
 from .termination import Termination
@@ -127,7 +127,6 @@ class RankHooks:
             terminalreporter.write_line(
                 "no distributed test was selected: nothing ran (exit 0, or torchrun would report a crash)"
             )
-        matrix.write(terminalreporter, self.session)
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:

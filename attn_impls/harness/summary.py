@@ -41,10 +41,10 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
         lines += [Line(""), Line("did not run at all", {"bold": True})]
         lines += _reasons(everywhere)
     lines += [Line(text) for text in _legend(benchmarks)]
-    return [Line(part, line.style) for line in lines for part in _wrapped(line.text, width)]
+    return [Line(part, line.style) for line in lines for part in wrapped(line.text, width)]
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def wrapped(text: str, width: int) -> list[str]:
     return [text] if len(text) <= width else textwrap.wrap(text, width, subsequent_indent="    ")
 
 
@@ -52,7 +52,7 @@ def _group(workload: str, benchmarks: list[Benchmark], missing: dict[str, str], 
     yield Line(workload + (f"   {_problem(benchmarks[0]['extra_info'])}" if benchmarks else ""), {"bold": True})
     if benchmarks:
         rows = sorted(benchmarks, key=lambda b: b["stats"]["median"])
-        yield from _table(rows, _columns(rows), width)
+        yield from table(rows, _columns(rows), width)
     yield from _reasons(missing)
 
 
@@ -75,9 +75,9 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
 
     columns = [
         Column("implementation", _name, 0, left=True),
-        Column(f"{timer} {unit}", lambda b: _significant(b["stats"]["median"] * factor), 0),
+        Column(f"{timer} {unit}", lambda b: significant(b["stats"]["median"] * factor), 0),
         Column("IQR", lambda b: f"{100 * b['stats']['iqr'] / b['stats']['median']:.1f} %", 3),
-        Column(rate[0], info(rate[1], lambda x: _significant(x * rate[2])), 1),
+        Column(rate[0], info(rate[1], lambda x: significant(x * rate[2])), 1),
         Column("% limit", info("percent_of_limit", lambda x: f"{x:.3g} %" if x < 1 else f"{x:.0f} %"), 1),
         Column("vs sdpa [95 % CI]", _versus, 2),
         Column("host µs", info("host_us", lambda x: f"{x:.0f}"), 4),
@@ -88,7 +88,7 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
     return columns if timer == "device" else [c for c in columns if c.title not in ("host µs", "peak MiB")]
 
 
-def _table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[Line]:
+def table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[Line]:
     cells = {column: [column.title, *(column.cell(row) for row in rows)] for column in columns}
     name, seconds = columns[:2]  # which are never cut away
     longest = max(1, width - 4 - max(map(len, cells[seconds])))
@@ -190,7 +190,7 @@ def _short(kernels: list[str]) -> str:
     return (name if len(name) <= 40 else name[:39] + "…") + (f" +{len(kernels) - 1}" if len(kernels) > 1 else "")
 
 
-def _significant(x: float) -> str:
+def significant(x: float) -> str:
     """Three significant digits, four where that is still short."""
     return f"{x:.0f}" if x >= 1000 else f"{x:.4g}" if x >= 100 else f"{x:.3g}"
 
