@@ -159,10 +159,15 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most device memory one call holds beyond its inputs, the output included."""
-    gc.collect()  # garbage freed during the call would hide what the call takes
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    collecting = gc.isenabled()
+    gc.disable()  # garbage freed during the call would hide what the call takes
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    finally:
+        if collecting:
+            gc.enable()
