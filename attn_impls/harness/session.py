@@ -159,7 +159,7 @@ class Session:
         # pytest-benchmark would store their repr, with addresses and paths
         benchmark.stats.params = {"workload": str(case.workload), "implementation": case.implementation.name}
         with _nothing_saved_unless_whole(benchmark):
-            self._reject_impossible(case, timing.median)
+            self.reject_impossible(case, timing.median)
             with guard(case, "kernel"):
                 facts = measure.facts(timing, self.clock) | measure.cost(call, self.clock, timing.median)
                 facts["kernels"] = profile.kernel_names(call, self.device)
@@ -183,11 +183,12 @@ class Session:
         with guard(sdpa, "builder"), torch.device(self.device):
             return partial(sdpa.implementation(case.workload), *problem.plain)
 
-    def _reject_impossible(self, case: Case, seconds: float) -> None:
+    def reject_impossible(self, case: Case, seconds: float, gpus: int = 1) -> None:
+        """Raise CaseFailed for a time in which this many GPUs could not have done the work."""
         if self.device != "cuda":
             return
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        bound = limits.physical_bound(case.workload, "forward", self.datasheet, sms, environment.max_sm_mhz())
+        bound = limits.physical_bound(case.workload, "forward", self.datasheet, sms, environment.max_sm_mhz()) / gpus
         if seconds < bound:
             raise CaseFailed(
                 f"{case.implementation.name} took {seconds * 1e6:.2f} µs, and physics needs {bound * 1e6:.2f} µs: "
