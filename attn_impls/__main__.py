@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .harness import environment, journal, summary
+from .harness import environment, journal, matrix, summary
 from .presets import PRESETS
 from .registry import discover
 
@@ -44,7 +44,11 @@ def _show(given: argparse.Namespace) -> None:
         document = json.loads(Path(given.run).read_text(encoding="utf-8"))
         ours = [benchmark for benchmark in document["benchmarks"] if "workload" in benchmark["extra_info"]]
         machine = environment.describe(document["machine_info"], {})
-        lines = summary.render(ours, {}, machine, shutil.get_terminal_size().columns)
+        width = shutil.get_terminal_size().columns
+        if ours and "form" in ours[0]["extra_info"]:
+            lines = matrix.render(ours, {}, [*machine, matrix.describe(document["machine_info"])], width)
+        else:
+            lines = summary.render(ours, {}, machine, width)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{given.run!r} is not a JSON file of pytest-benchmark") from None
     if not ours:

@@ -15,6 +15,8 @@ from attn_impls import Unsupported, Workload, attention
 def flash_attn2(w: Workload):
     from flash_attn import flash_attn_func
 
+    if torch.cuda.get_device_capability()[0] < 8:
+        raise Unsupported("flash-attn 2 runs on Ampere (sm_80) and newer")
     if w.dtype == torch.float32:
         raise Unsupported("flash-attn takes fp16 and bf16 only")
     if w.head_dim > 256 or w.head_dim % 8:

@@ -96,7 +96,7 @@ def attention(
 
     dist: the distribution whose metadata says whether the library is installed, and its version; with several, any one
     of them will do. layout: of q, k, v and out, "bhsd" or "bshd". devices: types it runs on. backward: whether
-    autograd works. approximate: low-precision inside, judged in a class of its own. dispatches: the library chooses
+    autograd works. approximate: low-precision inside, and marked so. dispatches: the library chooses
     among kernels, so what it chose is shown. install: one line that says how to get it.
     """
     if layout not in LAYOUTS:

@@ -12,7 +12,6 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DIRECTIONS = ("forward", "backward")
 
 _ID = re.compile(
     r"b(?P<batch>\d+)-h(?P<heads>\d+)(kv(?P<kv_heads>\d+))?"

@@ -27,23 +27,29 @@ def _import_fmha():
             if file.name == "libcudart.so.12":
                 ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
     # flash-attn-4 alone makes `flash_attn` importable with nothing in it, and xformers takes it for flash-attn 2.
-    try:
-        metadata.version("flash-attn")
-        hide = False
-    except metadata.PackageNotFoundError:
-        hide = "flash_attn" not in sys.modules
+    seen = sys.modules.get("flash_attn")  # flash-attn-4 may be imported already
+    hide = not _installed("flash-attn")
     if hide:
         sys.modules["flash_attn"] = None  # type: ignore[assignment]
     try:
         fmha = importlib.import_module("xformers.ops.fmha")
     finally:
-        if hide:
+        if hide and seen:
+            sys.modules["flash_attn"] = seen
+        elif hide:
             del sys.modules["flash_attn"]
     # where its extension does not load, xFormers logs a warning and goes on without its operators
     failure = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception
     if failure is not None:
         raise ImportError(f"its CUDA extension does not load: {failure.__cause__ or failure}")
     return fmha
+
+
+def _installed(dist: str) -> bool:
+    try:
+        return bool(metadata.version(dist))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _kernel(w: Workload, operator: str = ""):

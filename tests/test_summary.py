@@ -89,7 +89,7 @@ error: worst row against float64, as a share of what its dtype excuses (✓ up t
 → the kernel that a dispatching library chose
 ! the call waits for the device: its time includes the host's
 ~ the SM clock fell below 95 % of its median in some rounds
-≈ approximate kernel: judged in a class of its own
+≈ approximate kernel: low precision inside, by its own account
 SM clock while timing: median 1905 MHz, lowest case 1755 MHz
 """  # noqa: E501
 

@@ -25,6 +25,10 @@ class CaseFailed(Exception):
     """This case failed, with a message that a person can act on. Carries no frames, so tensors die with their case."""
 
 
+class OutOfMemory(CaseFailed):
+    """The device has less memory than this case takes."""
+
+
 class Broken(CaseFailed):
     """The library is installed and does not work: every case of this implementation fails alike."""
 
@@ -112,7 +116,7 @@ def release(device: str, failure: CaseFailed | None = None) -> None:
 def _failure(case: Case, stage: str, error: BaseException) -> CaseFailed:
     implementation = case.implementation
     if isinstance(error, torch.OutOfMemoryError):
-        return CaseFailed(f"{implementation.name} ran out of memory in its {stage}: {one_line(error)}")
+        return OutOfMemory(f"{implementation.name} ran out of memory in its {stage}: {one_line(error)}")
     where = "".join(traceback.format_list(_own_frames(error)))
     if case.device == "cuda" and _device_lost():
         return DeviceLost(f"{implementation.name} broke the CUDA context in its {stage}: {one_line(error)}\n{where}")

@@ -188,5 +188,5 @@ def write_summary(reporter: Any, config: pytest.Config) -> None:
     if session.selection.cpu_rule:
         machine.append(f"CPU-sized presets: {session.selection.cpu_rule}")
     reporter.section("attention", "=", bold=True)
-    for line in summary.render(session.results, session.not_run, machine, reporter._tw.fullwidth):
+    for line in summary.render(session.results, session.not_run, machine, config.get_terminal_writer().fullwidth):
         reporter.write_line(line.text, **line.style)

@@ -42,8 +42,7 @@ class RankHooks:
             self.collection_errors.append(f"{report.nodeid}: {report.longrepr}")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        if config.option.markexpr:
-            return
+        # whatever -m says: a test in which each rank decides for itself would leave them waiting for one another
         gone = [item for item in items if not item.get_closest_marker("distributed")]
         if gone:
             config.hook.pytest_deselected(items=gone)

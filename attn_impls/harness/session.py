@@ -170,10 +170,14 @@ class Session:
                 facts["vs_sdpa"] = 1.0
             benchmark.extra_info.update(facts)
             self.results.append(benchmark.stats.as_dict())
-            try:
-                self.journal.add(self.header, self.results[-1])
-            except OSError as error:  # the results are still in memory, and pytest-benchmark saves them
-                warnings.warn(f"no journal of this run: {error}", stacklevel=2)
+            self.keep(self.results[-1])
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Write a finished case to the journal. Where that fails it is still in memory, and pytest-benchmark saves it."""
+        try:
+            self.journal.add(self.header, result)
+        except OSError as error:
+            warnings.warn(f"no journal of this run: {error}", stacklevel=2)
 
     def _baseline(self, case: Case, problem: Problem) -> Any:
         """The SDPA call to pair with; None for SDPA itself and where SDPA has no right answer to this workload."""

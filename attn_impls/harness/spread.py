@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from ..parallel.plan import Form, Plan, Spread, only_heads
 from ..registry import Kernel, Unsupported
 from ..workload import Workload
 from . import gradients, makespan, scaling, topology
-from .case import Case, CaseFailed, build, call, guard, release
+from .case import Case, CaseFailed, OutOfMemory, build, call, guard, release, validate
 from .inputs import Inputs
 from .judge import Problem
 from .oracle import Reference
@@ -88,8 +89,10 @@ class Spreads:
         def alone() -> Plan:
             plan = form.plan(spread)
             with guard(case, "kernel"):
-                plan.rehearse(plan.share(problem.plain))
+                share = plan.share(problem.plain)
+                plan.rehearse(share)
                 _synchronize(case.device)
+                _validate(case, plan, share)
             return plan
 
         self._agree_on_inputs(problem)
@@ -102,9 +105,9 @@ class Spreads:
         answers = self.ranks.guarded("the answer", lambda: self._answer(form, plan, problem))
         errors: list[float] = []
         for inputs, known in zip((problem.needles, problem.plain), answers, strict=True):
-            share = plan.share(inputs)
+            share = self.ranks.guarded("sharing", partial(plan.share, inputs))
             for _ in range(2):
-                _poison(case)
+                self.ranks.guarded("poisoning", partial(_poison, case))
                 # a copy: a result may be memory that the next call writes to
                 out = self.ranks.guarded("checking", partial(_run, plan, share, case.device), collective=True).clone()
                 errors.append(self.ranks.guarded("comparing", partial(_error, plan, known, out)))
@@ -128,9 +131,9 @@ class Spreads:
                 raise Unsupported("no backward")
             w, inputs = case.workload, problem.plain
             plan: Any = self.plan(case, form, problem)[0]
-            dout = gradients.upstream(w, case.device, problem.seed)
+            dout = self.ranks.guarded("dout", lambda: gradients.upstream(w, case.device, problem.seed))
             known = self.ranks.guarded("the gradients' answer", lambda: gradients.reference(w, inputs, dout))
-            share = plan.share(inputs)
+            share = self.ranks.guarded("sharing", partial(plan.share, inputs))
             found = self.ranks.guarded("gradients", lambda: plan.gradients(share, dout), collective=True)
             mine = self.ranks.guarded("comparing", lambda: _gradient_errors(plan, known, found))
             everyone = self.ranks.exchange(mine)
@@ -140,12 +143,15 @@ class Spreads:
         plan, build_seconds = self.plan(case, form, problem)
         whole = self._whole_kernel(case, problem)
         verdict = self.verdict(case, form, plan, problem, whole)
+        if verdict.failure or (verdict.unsharded_error_over_budget or 0) > 1:
+            whole = None
         if verdict.failure:
             raise CaseFailed(f"{case.implementation.name} {verdict.failure}; it is not timed")
-        share = plan.share(problem.plain)
+        share = self.ranks.guarded("sharing", partial(plan.share, problem.plain))
         calls: dict[str, Callable[[], Any]] = {"ranks": partial(plan, share)}
         if whole:
-            calls["one rank"] = partial(whole, *problem.plain.as_layout(case.implementation.layout))
+            native = self.ranks.guarded("sharing", lambda: problem.plain.as_layout(case.implementation.layout))
+            calls["one rank"] = partial(whole, *native)
         if plan.traffic():
             calls["silent"] = partial(plan.silent, share)
         selection = self.session.selection
@@ -182,7 +188,7 @@ class Spreads:
         session = self.session
         session.machine_info.update(topology.facts(self.ranks))
         self.results.append(benchmark.stats.as_dict())
-        session.journal.add(session.header, self.results[-1])
+        session.keep(self.results[-1])
 
     def _agree_on_inputs(self, problem: Problem) -> None:
         """Fail unless every rank has generated the same q, k and v."""
@@ -211,7 +217,7 @@ class Spreads:
             self._alone_missing = ""
             try:
                 return build(case, problem.plain.as_layout(case.implementation.layout))[0]
-            except (CaseFailed, Unsupported) as error:  # most often memory: the parts may still run
+            except (OutOfMemory, Unsupported) as error:  # the parts may still run
                 self._alone_missing = str(error).splitlines()[0]
                 return None
 
@@ -237,17 +243,29 @@ def outcome(case: Case) -> Iterator[None]:
     """Turn what a phase that all ranks ended alike raises into pytest's outcome, and free the case's memory."""
     try:
         yield
-    except Unsupported as error:
-        raise pytest.skip.Exception(f"{case.implementation.name}: {error}") from None
-    except CaseFailed as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
-    finally:
-        release(case.device)
+        return
+    except (Unsupported, CaseFailed) as error:
+        failed = error
+        traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
+    release(case.device, failed if isinstance(failed, CaseFailed) else None)
+    if isinstance(failed, Unsupported):
+        raise pytest.skip.Exception(f"{case.implementation.name}: {failed}") from None
+    raise pytest.fail.Exception(str(failed), pytrace=False) from None
 
 
 def _kernel(case: Case, local: Workload) -> Kernel:
     with guard(case, "builder"), torch.device(case.device):
         return case.implementation(local)
+
+
+def _validate(case: Case, plan: Any, share: list[Inputs]) -> None:
+    """Hold each chunk's kernel to what a kernel alone is held to: its output's shape, dtype and device, its inputs unchanged."""
+    for chunk, (kernel, inputs) in enumerate(zip(plan.kernels, share, strict=True)):
+        before = [tensor.clone() for tensor in inputs]
+        validate(Case(plan.partition.local(chunk), case.implementation, case.device), kernel(*inputs))
+        for name, old, new in zip("qkv", before, inputs, strict=True):
+            if not torch.equal(old, new):
+                raise CaseFailed(f"{case.implementation.name} changed its input {name}")
 
 
 def _run(plan: Plan, share: list[Inputs], device: str) -> torch.Tensor:

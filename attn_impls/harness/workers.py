@@ -23,9 +23,10 @@ def pin() -> None:
     if not worker.startswith("gw"):
         return
     index, count = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    if torch.cuda.is_available():
+    gpus_here = torch.cuda.device_count()  # asks NVML; is_available() would start CUDA, and fix what it sees
+    if gpus_here:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+        gpus = visible.split(",") if visible else [str(n) for n in range(gpus_here)]
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))

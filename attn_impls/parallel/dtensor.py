@@ -14,6 +14,9 @@ from ..registry import Unsupported
 from .plan import Form, Spread
 from .tensor import Core
 
+# how DTensor says that it cannot shard an operator
+NO_RULE = ("sharding strategy", "sharding rule", "mixed torch.Tensor and DTensor", "mixed Tensor and DTensor")
+
 
 class DTensorCore(Core):
     """SDPA called once on the whole workload's DTensors; each rank keeps its own heads."""
@@ -42,9 +45,10 @@ class DTensorCore(Core):
         dtensors = [DTensor.from_local(tensor, self.mesh, [Shard(1)], run_check=False) for tensor in share[0]]
         try:
             out: Any = self.kernels[0](*dtensors)
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as error:  # an operator without a sharding rule, or one given a plain mask
+            known = isinstance(error, NotImplementedError) or any(sign in str(error) for sign in NO_RULE)
+            if not known:
+                raise
             raise Unsupported(f"DTensor: {str(error).strip().splitlines()[0][:160]}") from None
         if out.placements != (Shard(1),):
             raise Unsupported(f"DTensor: SDPA's output came back as {out.placements}, not sharded on heads")
