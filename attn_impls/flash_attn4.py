@@ -13,6 +13,8 @@ def flash_attn4(w: Workload):
         raise Unsupported("FlashAttention-4 takes fp16 and bf16 only")
     if torch.cuda.get_device_capability()[0] < 9:
         raise Unsupported("FlashAttention-4 runs on Hopper (sm_90) and newer")
+    if max(w.head_dim, w.v_head_dim) > 256 or w.head_dim % 8 or w.v_head_dim % 8:
+        raise Unsupported("FlashAttention-4 takes head dims up to 256, multiples of 8")
     window = (w.window - 1, 0) if w.window else (None, None)
 
     def kernel(q, k, v):
