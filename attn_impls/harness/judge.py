@@ -77,7 +77,8 @@ class Problem:
     @cached_property
     def references(self) -> tuple[Reference, Reference]:
         """For the needles and for the plain inputs."""
-        return reference(self.workload, self.needles, self.seed), reference(self.workload, self.plain, self.seed)
+        prefer = make.needle_rows(self.workload, self.seed + 1)
+        return reference(self.workload, self.needles, self.seed, prefer), reference(self.workload, self.plain, self.seed)
 
     @cached_property
     def sdpa(self) -> tuple[torch.Tensor, torch.Tensor] | None:
