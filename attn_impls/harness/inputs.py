@@ -32,7 +32,7 @@ def plain(w: Workload, device: str, seed: int) -> Inputs:
 
 
 # what a needle does to the scores of its query
-HALF, SATURATED, TOWERING, SUNKEN = range(4)
+HALF, SATURATED, TOWERING, SUNKEN, CAPPED = range(5)
 TOWER, PARTNER, SINK = 140.0, 128.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
 
 
@@ -43,7 +43,8 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     half of them saturated (the key takes nearly all weight) and half not (it takes about half: a wrong scale shows);
     up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
     far end of a window. A few tower: two neighbouring keys score 140 and 128, which only a softmax that subtracts the
-    right maximum survives. And a query that sees one key alone scores it -120, so that nothing hidden may leak.
+    right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart.
+    And a query that sees one key alone scores it -120, so that nothing hidden may leak.
     """
     q, k, v = plain(w, device, seed)
     spots = _spots(w, torch.Generator().manual_seed(seed))
@@ -52,12 +53,14 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     # a query t·key/|key| / scale / |key| gives its key the logit t and the others a spread of t/|key|
     norm = pair[:, 0].norm(dim=-1)
     half = math.log(max(2, w.seen_keys)) + (14.0 / norm) ** 2 / 2
-    first = torch.stack([half, half + 9.0, torch.full_like(half, TOWER), torch.full_like(half, SINK)], 1)
-    target = torch.stack([first.gather(1, kind[:, None])[:, 0], torch.full_like(half, PARTNER)], 1)
+    tall, low, same = 0.9 * w.softcap, 0.9 * w.softcap - 1.5, torch.ones_like(half)
+    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, tall * same], 1)  # [N, kinds]
+    target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind == CAPPED, low, PARTNER)], 1)
     if w.softcap:
         target = target.clamp(min=-0.95 * w.softcap, max=0.95 * w.softcap)
         target = w.softcap * torch.atanh(target / w.softcap)
-    query = _solve(pair, target / w.scale, alone=(kind != TOWERING) | (partner == key))
+    alone = (kind < TOWERING) | (kind == SUNKEN) | (partner == key)
+    query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow
     q[batch, head, row] = query.clamp(-1000, 1000).to(w.dtype)
     return Inputs(q, k, v)
@@ -69,7 +72,7 @@ def needle_rows(w: Workload, seed: int) -> torch.Tensor:
     row, key, kind = spots[:, 2], spots[:, 3], spots[:, 4]
     seen: dict[int, int] = {}
     ranks = []
-    for group in (key // 64 * 4 + kind).tolist():
+    for group in (key // 64 * 5 + kind).tolist():
         seen[group] = rank = seen.get(group, -1) + 1
         ranks.append(rank)
     order = torch.tensor(ranks, dtype=torch.long).argsort(stable=True)
@@ -143,13 +146,13 @@ def _edges(w: Workload, generator: torch.Generator) -> torch.Tensor:
 
 
 def _towers(w: Workload, generator: torch.Generator) -> torch.Tensor:
-    """A few towering needles at random visible keys, where no cap flattens them and no small head dim blurs them."""
-    able = w.head_dim >= 40 and (not w.softcap or w.softcap >= 1.1 * TOWER)
-    n = max(2, w.batch * w.heads * w.q_len // 48) if able else 0
+    """A few needles at two visible keys each, towering or at the cap, where no small head dim blurs them."""
+    n = max(2, w.batch * w.heads * w.q_len // 48) if w.head_dim >= 40 else 0
     which, row = (torch.randint(high, (n,), generator=generator) for high in (w.batch * w.heads, w.q_len))
     first, last = _seen(w, row)
     key = first + (torch.rand(n, generator=generator) * (last - first + 1).clamp(min=1)).long()
-    return torch.stack([which, row, key, torch.full_like(key, TOWERING)], 1)[last >= first]
+    kind = torch.full_like(key, CAPPED if w.softcap else TOWERING)
+    return torch.stack([which, row, key, kind], 1)[last >= first]
 
 
 def _sunken(w: Workload) -> torch.Tensor:

@@ -79,7 +79,7 @@ MASKS = [
     Mutant("causal top-left", "SDPA's is_causal", broken(mask=lambda w, i, j: right_mask(w, i - w.offset, j))),
     Mutant("causal by tiles only", "diagonal tile not masked", also(lambda _w, i, j: j // TILE <= i // TILE)),
     Mutant("diagonal tile skipped", "j // 64 < i // 64", but(lambda _w, i, j: j // TILE == i // TILE, "causal")),
-    Mutant("offset one less", "kv_len - q_len - 1", broken(mask=lambda w, i, j: right_mask(w, i - (w.offset != 0), j))),
+    Mutant("offset one less", "kv_len - q_len - 1", broken(mask=lambda w, i, j: right_mask(w, i - int(w.offset != 0), j))),
     Mutant("window missing", "flag not passed on", also(lambda _w, i, j: j <= i, "window")),
     Mutant("window one key more", "j >= i - window", also(lambda w, i, j: j == i - w.window, "window")),
     Mutant("window one key less", "(window - 2, 0)", but(lambda w, i, j: j == i - w.window + 1, "window")),
@@ -248,9 +248,13 @@ def bf16(x: Tensor) -> Tensor:
     return steps.rounded(x, torch.bfloat16)
 
 
+def sums_low(w: Workload) -> bool:
+    return w.kv_len >= 128 and w.dtype != torch.float32
+
+
 ROUNDING = [
-    Mutant("sum over keys in the dtype", "16-bit accumulator", broken(product=steps.summed_low), lambda w: w.kv_len >= 512),
-    Mutant("denominator in the dtype", "16-bit accumulator", broken(weights=steps.total_summed_low), lambda w: w.kv_len >= 512),
+    Mutant("sum over keys in the dtype", "16-bit accumulator", broken(product=steps.summed_low), sums_low),
+    Mutant("denominator in the dtype", "16-bit accumulator", broken(weights=steps.total_summed_low), sums_low),
     Mutant("inputs through TF32", "allow_tf32", through(steps.tf32), lambda w: w.dtype == torch.float32),
     Mutant("inputs through bf16", "a cast", through(bf16), lambda w: w.dtype != torch.bfloat16),
     Mutant("K through fp8", "an undeclared quantisation", through(steps.quantised, "k"), lambda _w: True),

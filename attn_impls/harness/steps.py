@@ -26,8 +26,8 @@ def right_cap(w: Workload, scores: Tensor, _visible: Tensor) -> Tensor:
 
 
 def exp(x: Tensor) -> Tensor:
-    """exp with float32's overflow and underflow, in float64 too."""
-    return x.exp().float().to(x.dtype)
+    """exp with float32's overflow and (to zero, as GPUs do) underflow, in float64 too."""
+    return torch.where(x > 88.72, math.inf, torch.where(x < -87.33, 0.0, x.exp()))
 
 
 def peak(scores: Tensor) -> Tensor:
@@ -112,9 +112,8 @@ def peak_of_query_tile(_w: Workload, scores: Tensor) -> Tensor:
 def neighbours_peak(_w: Workload, scores: Tensor) -> Tensor:
     """The first row of each tile but the first scales its weights by the row before's maximum, their sum by its own."""
     most = peak(scores)
-    rows = torch.arange(TILE, scores.shape[-2], TILE, device=scores.device)
-    used = most.clone()
-    used[..., rows, :] = most[..., rows - 1, :]
+    first = (torch.arange(scores.shape[-2], device=scores.device) % TILE == 0)[:, None]
+    used = torch.where(first, torch.cat([most[..., :1, :], most[..., :-1, :]], -2), most)
     return normalised(exp(scores - used), exp(scores - most).sum(-1, keepdim=True))
 
 
@@ -180,10 +179,10 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def summed_low(w: Workload, weights: Tensor, v: Tensor) -> Tensor:
-    """The output accumulated in the workload's dtype, 16 keys at a time."""
+    """The output accumulated in the workload's dtype, key by key."""
     out = torch.zeros_like(weights[..., :1] * v[..., :1, :])
-    for part, rows in zip(weights.split(16, -1), v.split(16, -2), strict=True):
-        out = rounded(out + part @ rows, w.dtype)
+    for n in range(w.kv_len):
+        out = rounded(torch.addcmul(out, weights[..., n : n + 1], v[..., n : n + 1, :]), w.dtype)
     return out
 
 
