@@ -232,6 +232,7 @@ OUTPUTS = [
     Mutant("one NaN", "0 / 0 in a row", one_value(lambda _x: math.nan)),
     Mutant("one infinity", "overflow in a row", one_value(lambda _x: -math.inf)),
     Mutant("one value's sign", "register clobbered", one_value(lambda x: -x - 0.1)),
+    Mutant("output × 0.995", "1 / (1 - p) without dropout, a wrong log2(e)", broken(after=lambda _w, out: 0.995 * out)),
     Mutant("zeros", "nothing launched", broken(after=lambda _w, out: torch.zeros_like(out))),
     Mutant("mean of V", "scores never computed", broken(inputs=lambda _w, q, k, v: (torch.zeros_like(q), k, v))),
 ]

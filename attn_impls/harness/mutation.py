@@ -166,6 +166,6 @@ def report(workloads: list[Workload], device: str, implementations: list[Impleme
 def _cell(trial: Trial) -> str:
     if not trial.differs:
         return "WRONG" if trial.killed else "·"
-    factor = trial.verdict.error_over_budget
+    factor = max(trial.verdict.error_over_budget, trial.verdict.drift_over_budget)
     text = f"{factor:.3g}" if factor < 1e4 else f"{factor:.0e}".replace("e+0", "e")
     return text if trial.must_die else f"({text})"

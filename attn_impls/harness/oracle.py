@@ -23,13 +23,15 @@ PLAIN = ("scores", "inputs")  # the plain ways: scale the scores, or scale q and
 class Reference:
     """The right answer for one set of inputs, on all query rows or on a sample of them.
 
-    out [B, H, R, DV] float64; norm and budget [B, H, R]: a row's size, and the relative error it may have.
+    out [B, H, R, DV] float64; norm and budget [B, H, R]: a row's size, and the relative error it may have. drift: how much
+    too large or too small all rows may be together, relative: what no single row can show.
     """
 
     rows: torch.Tensor | None
     out: torch.Tensor
     norm: torch.Tensor
     budget: torch.Tensor
+    drift: float
 
     def select(self, out: torch.Tensor) -> torch.Tensor:
         """The rows of an output [B, H, Sq, DV] that this reference knows, in float64."""
@@ -45,6 +47,10 @@ class Reference:
 
     def rms_over_budget(self, out: torch.Tensor) -> float:
         return float((self.error(out) / self.budget).square().mean().sqrt())
+
+    def drift_over_budget(self, out: torch.Tensor) -> float:
+        """The mean over rows of (out − reference)·reference / ‖reference‖², as a multiple of what it may be."""
+        return _worst(_stretch(self.select(out), self.out, self.norm).mean().abs() / self.drift)
 
     def apart(self, one: torch.Tensor, other: torch.Tensor) -> float:
         """The worst row's distance between two outputs, as a multiple of the sum of their budgets."""
@@ -62,11 +68,21 @@ def reference(w: Workload, inputs: Inputs, seed: int = 0, prefer: torch.Tensor |
     norm = out.norm(dim=-1)
     # a row that sees no key has the answer 0: judge it against the size of the others
     norm = torch.where(norm > 0, norm, norm[norm > 0].mean() if bool((norm > 0).any()) else torch.ones_like(norm))
-    scale = rounding / norm
+    scale, unit = rounding / norm, torch.finfo(w.dtype).eps / 2
+    noise = unit / 4
     for scaled in PLAIN:
-        error = (attend(w, inputs, rows, w.dtype, scaled).double() - out).norm(dim=-1) / norm
+        plain = attend(w, inputs, rows, w.dtype, scaled).double()
+        error = (plain - out).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-    return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=torch.finfo(w.dtype).eps / 2))
+        noise = max(noise, float(_stretch(plain, out, norm).square().mean().sqrt()))
+    # rounding errors of N rows are independent: their mean shrinks with √N, down to what truncating instead may add
+    drift = max(unit / 4, 2**-12) + 4 * noise / norm.numel() ** 0.5
+    return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=unit), drift)
+
+
+def _stretch(out: torch.Tensor, right: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """By how much each row is longer than it should be, relative, [B, H, R]."""
+    return ((out - right) * right).sum(-1) / norm**2
 
 
 def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
