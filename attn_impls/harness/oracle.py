@@ -69,14 +69,16 @@ def reference(w: Workload, inputs: Inputs, seed: int = 0, prefer: torch.Tensor |
     # a row that sees no key has the answer 0: judge it against the size of the others
     norm = torch.where(norm > 0, norm, norm[norm > 0].mean() if bool((norm > 0).any()) else torch.ones_like(norm))
     scale, unit = rounding / norm, torch.finfo(w.dtype).eps / 2
-    noise = unit / 4
+    noise, drift = unit / 4, max(unit / 4, 2**-12)
     for scaled in PLAIN:
         plain = attend(w, inputs, rows, w.dtype, scaled).double()
         error = (plain - out).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-        noise = max(noise, float(_stretch(plain, out, norm).square().mean().sqrt()))
+        stretch = _stretch(plain, out, norm)
+        noise = max(noise, float(stretch.square().mean().sqrt()))
+        drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
     # rounding errors of N rows are independent: their mean shrinks with √N, down to what truncating instead may add
-    drift = max(unit / 4, 2**-12) + 4 * noise / norm.numel() ** 0.5
+    drift += 4 * noise / norm.numel() ** 0.5
     return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=unit), drift)
 
 
