@@ -110,9 +110,15 @@ def leaking_cap(w: Workload) -> Kernel:
     return lambda q, k, v: attend(w, q, k, v)
 
 
+def many_rows(w: Workload) -> bool:
+    """Enough of them for their mean to show what none can."""
+    return w.batch * w.heads * w.q_len >= 256
+
+
 SCORES = [
     Mutant("scale × 1.02", "a constant", broken(factor=lambda _w: 1.02)),
     Mutant("scale × 0.98", "a constant", broken(factor=lambda _w: 0.98)),
+    Mutant("scale × 1.005", "a constant", broken(factor=lambda _w: 1.005), many_rows),
     Mutant("scale 1/d", "no square root", broken(factor=lambda w: w.head_dim**-0.5)),
     Mutant("scale 1", "not passed on", broken(factor=lambda w: 1 / w.scale)),
     Mutant("scale from head_dim", "the default wins", broken(factor=lambda w: math.sqrt(w.scale_dim / w.head_dim))),
@@ -256,6 +262,12 @@ def sums_low(w: Workload) -> bool:
 ROUNDING = [
     Mutant("sum over keys in the dtype", "16-bit accumulator", broken(product=steps.summed_low), sums_low),
     Mutant("denominator in the dtype", "16-bit accumulator", broken(weights=steps.total_summed_low), sums_low),
+    Mutant(
+        "weights truncated",
+        "bf16 by cutting bits off: every row comes out short",
+        broken(product=lambda _w, p, v: steps.cut(p) @ v),
+        lambda w: w.q_len > 1,
+    ),
     Mutant("inputs through TF32", "allow_tf32", through(steps.tf32), lambda w: w.dtype == torch.float32),
     Mutant("inputs through bf16", "a cast", through(bf16), lambda w: w.dtype != torch.bfloat16),
     Mutant("K through fp8", "an undeclared quantisation", through(steps.quantised, "k"), lambda _w: True),

@@ -77,7 +77,7 @@ def reference(w: Workload, inputs: Inputs, seed: int = 0, prefer: torch.Tensor |
         stretch = _stretch(plain, out, norm)
         noise = max(noise, float(stretch.square().mean().sqrt()))
         drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
-    # rounding errors of N rows are independent: their mean shrinks with √N, down to what truncating instead may add
+    # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
     drift += 4 * noise / norm.numel() ** 0.5
     return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=unit), drift)
 

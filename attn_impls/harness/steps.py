@@ -205,3 +205,8 @@ def tf32(x: Tensor) -> Tensor:
     """Rounded to TF32's 10 bits."""
     bits = x.float().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+def cut(x: Tensor) -> Tensor:
+    """Truncated to bf16's 7 bits."""
+    return (x.float().view(torch.int32) & ~0xFFFF).view(torch.float32).to(x.dtype)
