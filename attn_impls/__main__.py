@@ -8,9 +8,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from .harness import environment, journal, matrix, summary
+import torch
+
+from .harness import environment, journal, matrix, mutation, summary
 from .presets import PRESETS
-from .registry import discover
+from .registry import DEVICES, discover
+from .workload import DTYPES, Workload
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,15 +25,20 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("show", help="print the table of a saved run")
     command.add_argument("run", metavar="RUN.json")
     commands.add_parser("list", help="list the presets and the implementations")
+    command = commands.add_parser("mutants", help="judge deliberately broken kernels, and the implementations at hand")
+    command.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
+    command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: eleven small ones")
     given = parser.parse_args(arguments)
     try:
-        {"journal": _journal, "show": _show, "list": _list}[given.command](given)
+        code = {"journal": _journal, "show": _show, "list": _list, "mutants": _mutants}[given.command](given)
+        return code or 0
     except BrokenPipeError:  # | head
         sys.stderr.close()
+        return 0
     except (ValueError, OSError) as error:
         print(f"python -m attn_impls {given.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _journal(given: argparse.Namespace) -> None:
@@ -66,6 +74,16 @@ def _list(given: argparse.Namespace) -> None:  # noqa: ARG001  (the commands sha
         reason = "" if not implementation.dists or implementation.dist else implementation.unavailable(implementation.devices[0])
         library = f"{implementation.dist or 'torch'} {implementation.version}".strip()
         print(f"  {implementation.name:<26} {reason or library}")
+
+
+def _mutants(given: argparse.Namespace) -> int:
+    """1 where a mutant survives or something right is rejected."""
+    workloads = [Workload.parse(text) for text in given.workload or ()]
+    workloads = workloads or [w.replace(dtype=DTYPES[given.dtype]) for w in mutation.WORKLOADS]
+    discover()
+    lines = list(mutation.report(workloads, given.device, mutation.available(given.device)))
+    print("\n".join(lines))
+    return int(not any(line.startswith("false rejections: 0 ") for line in lines) or lines[-1].startswith("SURVIVED"))
 
 
 if __name__ == "__main__":

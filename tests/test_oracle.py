@@ -318,6 +318,17 @@ def test_errors_are_measured_in_budgets():
     assert k.exposed.apart(k.exposed.out, torch.full_like(k.exposed.out, math.inf)) == math.inf
 
 
+def test_rows_may_not_all_be_off_the_same_way():
+    k = known("b1-h6kv3-s195-d64-causal-bf16")
+    for factor in (0.995, 1.005):
+        out = factor * k.ordinary.out
+        assert k.ordinary.over_budget(out) <= 1  # no row of its own shows it
+        assert k.ordinary.drift_over_budget(out) > 1
+    one_row = torch.arange(195)[:, None] == 77
+    assert k.ordinary.drift_over_budget(torch.where(one_row, 1.005 * k.ordinary.out, k.ordinary.out)) <= 1
+    assert k.ordinary.drift_over_budget(torch.full_like(k.ordinary.out, math.nan)) == math.inf
+
+
 def test_blind_rows_are_judged_by_the_size_of_the_others():
     k = known("b1-h3-q140kv70-d64-causal-bf16")
     out = k.right.clone()
@@ -337,7 +348,7 @@ def pointed_at(w: Workload, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     assert torch.equal(x.k, plain.k)
     assert torch.equal(x.v, plain.v)
     changed = (x.q != plain.q).any(-1)
-    keys = (x.q.float() @ x.k.float().repeat_interleave(w.group, 1).mT).argmax(-1)
+    keys = (x.q.float() @ x.k.float().repeat_interleave(w.group, 1).mT).abs().argmax(-1)  # some are sunken
     head, query = changed.flatten(0, 1).nonzero(as_tuple=True)
     mask = w.mask("cpu")
     everything = torch.ones(w.q_len, w.kv_len, dtype=torch.bool)
@@ -396,6 +407,55 @@ def test_needles_are_some_saturated_and_some_not(text):
     assert bool((found > 0.99).any())
     assert bool(((found > 0.2) & (found < 0.9)).any())
     assert 0.01 < len(spots) / (w.batch * w.heads * w.q_len) <= 0.5 or w.q_len < 8  # the others stay ordinary
+
+
+def scores_of(w: Workload) -> torch.Tensor:
+    """The needles' scores, before cap and mask, [B, H, Sq, Skv]."""
+    x = inputs.needles(w, "cpu", 0)
+    return x.q.double() @ x.k.double().repeat_interleave(w.group, 1).mT * w.scale
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("text", ["b1-h2-s130-d64", "b2-h6kv3-q50kv203-d64-causal", "b4-h4-q1kv512-d128-causal"])
+def test_some_needles_tower_out_of_float32s_range(text, dtype):
+    w = Workload.parse(f"{text}-{dtype}")
+    scores, mask = scores_of(w), w.mask("cpu")
+    top = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).topk(2).values
+    towers = top[..., 0] > 100
+    assert 2 <= int(towers.sum()) <= towers.numel() / 8
+    assert bool((top[towers][:, 1] > 100).any())  # its partner: exp overflows for both
+    assert bool(((top[..., 0] - top[..., 1])[towers] > 6).all())  # and yet no rounding of the scores matters
+
+
+def test_the_query_that_sees_one_key_sinks():
+    scores = scores_of(Workload.parse("b1-h4-q20kv16-d64-causal-bf16"))[0, :, 4]
+    assert bool((scores[::2, 0] < -104).all())
+    assert bool((scores[1::2, 0] > -104).all())
+
+
+def test_with_a_softcap_some_needles_are_told_apart_by_it_alone():
+    w = Workload.parse("b1-h4-s128-d64-cap50-bf16")
+    raw = scores_of(w)
+    top = raw.topk(2).values
+    capped = torch.tanh(top / w.softcap) * w.softcap
+    pairs = (capped[..., 1] > 0.8 * w.softcap).flatten()
+    assert int(pairs.sum()) >= 2
+    assert bool(((top[..., 0] - top[..., 1]).flatten()[pairs] > 3 * (capped[..., 0] - capped[..., 1]).flatten()[pairs]).all())
+    assert float(raw.max()) < 100
+
+
+def test_a_sample_of_rows_holds_needles_of_every_tile_and_kind(monkeypatch):
+    w = Workload.parse("b1-h2-s2000-d64-causal-bf16")
+    monkeypatch.setitem(oracle.MAX_PAIRS, "cpu", 1)
+    preferred = inputs.needle_rows(w, 1)
+    assert len(preferred) == len(set(preferred.tolist()))
+    rows = oracle.sample_rows(w, "cpu", 0, preferred)
+    assert len(rows) <= 128
+    assert set(preferred[:40].tolist()) <= set(rows.tolist())
+    spots = inputs._spots(w, torch.Generator().manual_seed(1))
+    sampled = set(rows.tolist())
+    kinds = {int(kind) for _, _, row, _, kind, _ in spots if int(row) in sampled}
+    assert kinds == {inputs.HALF, inputs.SATURATED, inputs.TOWERING, inputs.SUNKEN}
 
 
 @pytest.mark.parametrize("make", [inputs.plain, inputs.needles])

@@ -31,37 +31,88 @@ def plain(w: Workload, device: str, seed: int) -> Inputs:
     return Inputs(*(torch.randn(shapes[n], generator=generator, device=device).to(w.dtype) for n in "qkv"))
 
 
+# what a needle does to the scores of its query
+HALF, SATURATED, TOWERING, SUNKEN, CAPPED = range(5)
+TOWER, PARTNER, SINK = 140.0, 128.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
+
+
 def needles(w: Workload, device: str, seed: int) -> Inputs:
     """`plain`, with some queries pointed at one key each, so that a misplaced mask, tile or head changes whole rows.
 
     Of the queries of each head, about a quarter point at a random visible key, each 64-key tile getting its share,
     half of them saturated (the key takes nearly all weight) and half not (it takes about half: a wrong scale shows);
-    and up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
-    far end of a window.
+    up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
+    far end of a window. A few tower: two neighbouring keys score 140 and 128, which only a softmax that subtracts the
+    right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart.
+    And a query that sees one key alone scores it -120, so that nothing hidden may leak.
     """
     q, k, v = plain(w, device, seed)
     spots = _spots(w, torch.Generator().manual_seed(seed))
-    batch, head, row, key, saturated = (spots[:, n].to(device) for n in range(5))
-    keys = k[batch, head // w.group, key].float()  # [N, D]
+    batch, head, row, key, kind, partner = spots.to(device).unbind(1)
+    pair = torch.stack([k[batch, head // w.group, n] for n in (key, partner)], 1).float()  # [N, 2, D]
     # a query t·key/|key| / scale / |key| gives its key the logit t and the others a spread of t/|key|
-    norm = keys.norm(dim=-1, keepdim=True)
-    spread = (14.0 / norm) ** 2 / 2
-    half = math.log(max(2, w.seen_keys)) + spread
-    target = torch.where(saturated[:, None] == 1, half + 9.0, half)
+    norm = pair[:, 0].norm(dim=-1)
+    half = math.log(max(2, w.seen_keys)) + (14.0 / norm) ** 2 / 2
+    tall, low, same = 0.9 * w.softcap, 0.9 * w.softcap - 1.5, torch.ones_like(half)
+    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, tall * same], 1)  # [N, kinds]
+    target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind == CAPPED, low, PARTNER)], 1)
     if w.softcap:
-        target = target.clamp(max=0.95 * w.softcap)
+        target = target.clamp(min=-0.95 * w.softcap, max=0.95 * w.softcap)
         target = w.softcap * torch.atanh(target / w.softcap)
+    alone = (kind < TOWERING) | (kind == SUNKEN) | (partner == key)
+    query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow
-    q[batch, head, row] = (keys * target / (w.scale * norm**2)).clamp(-1000, 1000).to(w.dtype)
+    q[batch, head, row] = query.clamp(-1000, 1000).to(w.dtype)
     return Inputs(q, k, v)
 
 
+def needle_rows(w: Workload, seed: int) -> torch.Tensor:
+    """Query rows that carry needles, each once, in an order whose every beginning has as many tiles and kinds as it can."""
+    spots = _spots(w, torch.Generator().manual_seed(seed))
+    row, key, kind = spots[:, 2], spots[:, 3], spots[:, 4]
+    seen: dict[int, int] = {}
+    ranks = []
+    for group in (key // 64 * 5 + kind).tolist():
+        seen[group] = rank = seen.get(group, -1) + 1
+        ranks.append(rank)
+    order = torch.tensor(ranks, dtype=torch.long).argsort(stable=True)
+    return torch.tensor(list(dict.fromkeys(row[order].tolist())), dtype=torch.long)
+
+
+def _solve(pair: torch.Tensor, target: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
+    """The query [N, D] in the plane of two keys [N, 2, D] with two given products; only the first counts where `alone`."""
+    a, b = pair.unbind(1)
+    aa, bb, ab = a.square().sum(-1), b.square().sum(-1), torch.where(alone, 0.0, (a * b).sum(-1))
+    s, t = target.unbind(1)
+    t = torch.where(alone, 0.0, t)
+    bb = torch.where(alone, 1.0, bb)
+    det = aa * bb - ab**2
+    return ((s * bb - t * ab) / det)[:, None] * a + ((t * aa - s * ab) / det)[:, None] * b
+
+
 def _spots(w: Workload, generator: torch.Generator) -> torch.Tensor:
-    """Where the needles are: rows (batch, query head, query, key, saturated) of an int64 tensor [N, 5]."""
+    """Where the needles are: rows (batch, query head, query, key, kind, partner key) of an int64 tensor [N, 6]."""
+    flat = torch.cat([_spread(w, generator), _edges(w, generator), _towers(w, generator), _sunken(w)])
+    # one needle a query: of several, keep the last
+    query = flat[:, 0] * w.q_len + flat[:, 1]
+    last_of = {int(position): n for n, position in enumerate(query.tolist())}
+    flat = flat[torch.tensor(sorted(last_of.values()), dtype=torch.long)]
+    # a tower's partner is the key before, or after, or none
+    key, (first, last) = flat[:, 2], _seen(w, flat[:, 1])
+    partner = torch.where(key - 1 >= first, key - 1, torch.where(key + 1 <= last, key + 1, key))
+    return torch.cat([flat[:, :1] // w.heads, flat[:, :1] % w.heads, flat[:, 1:], partner[:, None]], 1)
 
-    def randint(high: int, n: int) -> torch.Tensor:
-        return torch.randint(high, (n,), generator=generator)
 
+def _seen(w: Workload, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last key that each query sees; first > last where it sees none."""
+    own = row + w.offset
+    last = own if w.causal else torch.full_like(own, w.kv_len - 1)
+    first = (own - w.window + 1).clamp(min=0) if w.window else torch.zeros_like(own)
+    return first, last
+
+
+def _spread(w: Workload, generator: torch.Generator) -> torch.Tensor:
+    """Needles (flat batch · heads + head, query, key, kind) at random visible keys, each tile getting its share."""
     heads = w.batch * w.heads
     tiles = math.ceil(w.kv_len / 64)
     per_head = max(1, min(w.q_len // 4, 2 * tiles))
@@ -69,7 +120,7 @@ def _spots(w: Workload, generator: torch.Generator) -> torch.Tensor:
     index = torch.arange(n)
     which = index // per_head  # flat (batch, head)
     tile = index % tiles  # goes on from head to head, so that short queries still cover every tile
-    key = torch.minimum(tile * 64 + randint(64, n), torch.tensor(w.kv_len - 1))
+    key = torch.minimum(tile * 64 + torch.randint(64, (n,), generator=generator), torch.tensor(w.kv_len - 1))
     if w.causal:
         first = (key - w.offset).clamp(min=0)
         last = torch.full_like(key, w.q_len - 1)
@@ -79,18 +130,33 @@ def _spots(w: Workload, generator: torch.Generator) -> torch.Tensor:
         row = first + (torch.rand(n, generator=generator) * (last - first + 1).clamp(min=1)).long()
     else:
         seen = torch.ones(n, dtype=torch.bool)
-        row = randint(w.q_len, n)
-    spots = [torch.stack([which, row, key, (index // tiles + which) % 2], 1)[seen]]
-    if w.causal:
-        edges = torch.tensor([0, 1] + ([-w.window, 1 - w.window] if w.window else []))
-        m = max(len(edges), heads * w.q_len // 8)
-        which, row, edge = randint(heads, m), randint(w.q_len, m), edges[torch.arange(m) % len(edges)]
-        key = row + w.offset + edge
-        inside = (key >= 0) & (key < w.kv_len)
-        spots.append(torch.stack([which, row, key, torch.ones_like(key)], 1)[inside])
-    flat = torch.cat(spots)
-    # one needle a query: of several, keep the last (the mask's edges)
-    query = flat[:, 0] * w.q_len + flat[:, 1]
-    last_of = {int(position): n for n, position in enumerate(query.tolist())}
-    flat = flat[torch.tensor(sorted(last_of.values()), dtype=torch.long)]
-    return torch.cat([flat[:, :1] // w.heads, flat[:, :1] % w.heads, flat[:, 1:]], 1)
+        row = torch.randint(w.q_len, (n,), generator=generator)
+    return torch.stack([which, row, key, (index // tiles + which) % 2], 1)[seen]
+
+
+def _edges(w: Workload, generator: torch.Generator) -> torch.Tensor:
+    """Needles on both sides of the mask's edges."""
+    heads = w.batch * w.heads
+    edges = torch.tensor(([0, 1] if w.causal else []) + ([-w.window, 1 - w.window] if w.window else []), dtype=torch.long)
+    m = max(len(edges), heads * w.q_len // 8) if w.causal else 0
+    which, row = (torch.randint(high, (m,), generator=generator) for high in (heads, w.q_len))
+    key = row + w.offset + edges[torch.arange(m) % max(1, len(edges))]
+    inside = (key >= 0) & (key < w.kv_len)
+    return torch.stack([which, row, key, torch.full_like(key, SATURATED)], 1)[inside]
+
+
+def _towers(w: Workload, generator: torch.Generator) -> torch.Tensor:
+    """A few needles at two visible keys each, towering or at the cap, where no small head dim blurs them."""
+    n = max(2, w.batch * w.heads * w.q_len // 48) if w.head_dim >= 40 else 0
+    which, row = (torch.randint(high, (n,), generator=generator) for high in (w.batch * w.heads, w.q_len))
+    first, last = _seen(w, row)
+    key = first + (torch.rand(n, generator=generator) * (last - first + 1).clamp(min=1)).long()
+    kind = torch.full_like(key, CAPPED if w.softcap else TOWERING)
+    return torch.stack([which, row, key, kind], 1)[last >= first]
+
+
+def _sunken(w: Workload) -> torch.Tensor:
+    """In every other head, the query that sees key 0 alone."""
+    row = -w.offset if w.causal and w.offset <= 0 and -w.offset < w.q_len else None
+    which = torch.arange(0, w.batch * w.heads if row is not None else 0, 2)
+    return torch.stack([which, torch.full_like(which, row or 0), torch.zeros_like(which), torch.full_like(which, SUNKEN)], 1)

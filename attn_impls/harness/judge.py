@@ -27,6 +27,7 @@ class Verdict:
     sdpa_over_budget: float | None  # worst row against SDPA; None where SDPA cannot do the workload
     sdpa_error_over_budget: float | None  # SDPA's own worst row against the oracle
     bitwise_repeatable: bool
+    drift_over_budget: float = 0.0  # all rows together too large or too small
     complaint: str = ""  # what disqualifies the output before any comparison
 
     @property
@@ -36,6 +37,8 @@ class Verdict:
             return self.complaint
         if self.error_over_budget > 1:
             return f"differs from the float64 oracle: its worst row errs {self.error_over_budget:.3g} × the budget"
+        if self.drift_over_budget > 1:
+            return f"differs from the float64 oracle: its rows are all a little off, {self.drift_over_budget:.3g} × the budget"
         return ""
 
     @property
@@ -77,7 +80,8 @@ class Problem:
     @cached_property
     def references(self) -> tuple[Reference, Reference]:
         """For the needles and for the plain inputs."""
-        return reference(self.workload, self.needles, self.seed), reference(self.workload, self.plain, self.seed)
+        prefer = make.needle_rows(self.workload, self.seed + 1)
+        return reference(self.workload, self.needles, self.seed, prefer), reference(self.workload, self.plain, self.seed)
 
     @cached_property
     def sdpa(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -93,7 +97,7 @@ class Problem:
 
     def judge(self, case: Case, kernel: Kernel) -> Verdict:
         """Run the kernel twice on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if it raises."""
-        errors, rms, apart, sdpa_errors = [], [], [], []
+        errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
         repeatable = True
         for n, original in enumerate((self.needles, self.plain)):
             known, copy = self.references[n], original.as_layout(case.implementation.layout)
@@ -106,13 +110,15 @@ class Problem:
             repeatable &= torch.equal(*outs)
             complaint = _complaint(outs[0], original, copy, case.implementation.layout)
             if complaint:
-                return Verdict(float("inf"), float("inf"), None, None, repeatable, complaint)
+                return Verdict(float("inf"), float("inf"), None, None, repeatable, complaint=complaint)
             errors += [known.over_budget(out) for out in outs]
+            drifts += [known.drift_over_budget(out) for out in outs]
             rms.append(known.rms_over_budget(outs[0]))
             if self.sdpa:
                 apart += [known.apart(out, self.sdpa[n]) for out in outs]
                 sdpa_errors.append(known.over_budget(self.sdpa[n]))
-        return Verdict(max(errors), max(rms), max(apart, default=None), max(sdpa_errors, default=None), repeatable)
+        sdpa = max(apart, default=None), max(sdpa_errors, default=None)
+        return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 
     def _poison(self) -> None:
         """Leave NaN in the memory that the allocator will hand out next: a kernel that writes nothing must not look right."""

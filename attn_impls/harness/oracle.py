@@ -23,13 +23,15 @@ PLAIN = ("scores", "inputs")  # the plain ways: scale the scores, or scale q and
 class Reference:
     """The right answer for one set of inputs, on all query rows or on a sample of them.
 
-    out [B, H, R, DV] float64; norm and budget [B, H, R]: a row's size, and the relative error it may have.
+    out [B, H, R, DV] float64; norm and budget [B, H, R]: a row's size, and the relative error it may have. drift: how much
+    too large or too small all rows may be together, relative: what no single row can show.
     """
 
     rows: torch.Tensor | None
     out: torch.Tensor
     norm: torch.Tensor
     budget: torch.Tensor
+    drift: float
 
     def select(self, out: torch.Tensor) -> torch.Tensor:
         """The rows of an output [B, H, Sq, DV] that this reference knows, in float64."""
@@ -46,30 +48,57 @@ class Reference:
     def rms_over_budget(self, out: torch.Tensor) -> float:
         return float((self.error(out) / self.budget).square().mean().sqrt())
 
+    def drift_over_budget(self, out: torch.Tensor) -> float:
+        """The mean over rows of (out − reference)·reference / ‖reference‖², as a multiple of what it may be."""
+        return _worst(_stretch(self.select(out), self.out, self.norm).mean().abs() / self.drift)
+
     def apart(self, one: torch.Tensor, other: torch.Tensor) -> float:
         """The worst row's distance between two outputs, as a multiple of the sum of their budgets."""
         distance = (self.select(one) - self.select(other)).norm(dim=-1) / self.norm
         return _worst(distance / (2 * self.budget))
 
 
-def reference(w: Workload, inputs: Inputs, seed: int = 0) -> Reference:
-    """Compute the oracle and the budget for some inputs, on the inputs' device."""
-    rows = sample_rows(w, inputs.q.device.type, seed)
+def reference(w: Workload, inputs: Inputs, seed: int = 0, prefer: torch.Tensor | None = None) -> Reference:
+    """Compute the oracle and the budget for some inputs, on the inputs' device.
+
+    prefer: query rows that a sample should contain, the most important first.
+    """
+    rows = sample_rows(w, inputs.q.device.type, seed, prefer)
     out, rounding = _exact(w, inputs, rows)
     norm = out.norm(dim=-1)
     # a row that sees no key has the answer 0: judge it against the size of the others
     norm = torch.where(norm > 0, norm, norm[norm > 0].mean() if bool((norm > 0).any()) else torch.ones_like(norm))
-    scale = rounding / norm
+    scale, unit = rounding / norm, torch.finfo(w.dtype).eps / 2
+    noise, drift = unit / 4, max(unit / 4, 2**-12)
     for scaled in PLAIN:
-        error = (attend(w, inputs, rows, w.dtype, scaled).double() - out).norm(dim=-1) / norm
+        plain = attend(w, inputs, rows, w.dtype, scaled).double()
+        error = (plain - out).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-    return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=torch.finfo(w.dtype).eps / 2))
+        stretch = _stretch(plain, out, norm)
+        noise = max(noise, float(stretch.square().mean().sqrt()))
+        drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
+    # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
+    drift += 4 * noise / norm.numel() ** 0.5
+    return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=unit), drift)
+
+
+def _stretch(out: torch.Tensor, right: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """By how much each row is longer than it should be, relative, [B, H, R]."""
+    return ((out - right) * right).sum(-1) / norm**2
 
 
 def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
     """Attention written plainly in a dtype, for all query rows or some, [B, H, R, DV]. Rows that see no key are 0."""
-    out = [weights @ v for _, weights, v in _chunks(w, inputs, rows, dtype, scaled)]
-    return torch.cat(out).reshape(w.batch, w.heads, -1, w.v_head_dim)
+    out = _empty(w, inputs, rows, dtype)
+    for where, _, weights, v in _chunks(w, inputs, rows, dtype, scaled):
+        out[where] = weights @ v
+    return out.reshape(w.batch, w.heads, -1, w.v_head_dim)
+
+
+def _empty(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Room for an output, [B·KV, G, R, DV]."""
+    length = w.q_len if rows is None else len(rows)
+    return torch.empty(w.batch * w.kv_heads, w.group, length, w.v_head_dim, dtype=dtype, device=inputs.q.device)
 
 
 def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,42 +109,47 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
     lucky; this cannot.
     """
     summed = 2 * w.head_dim if w.dtype == torch.float32 else 0.0  # products added up in the dtype itself
-    outs, roundings = [], []
-    for scores, weights, v in _chunks(w, inputs, rows, torch.float64, "scores"):
+    outs = _empty(w, inputs, rows, torch.float64)
+    roundings = torch.empty_like(outs[..., 0])
+    for where, scores, weights, v in _chunks(w, inputs, rows, torch.float64, "scores"):
         out = weights @ v  # [n, G, R, DV]
         spread = (weights.square() * (scores.square() * (2 / 3 + summed) + 1 / 3)).float()
         basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
         moved = (spread @ basis).double()  # Σ of v, of |v|² and of 1, weighted
         squares = moved[..., -2] - 2 * (moved[..., :-2] * out).sum(-1) + moved[..., -1] * out.square().sum(-1)
-        outs.append(out)
-        roundings.append(squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2))
+        outs[where] = out
+        roundings[where] = squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2)
     shape = (w.batch, w.heads, -1)
-    return torch.cat(outs).reshape(*shape, w.v_head_dim), torch.cat(roundings).reshape(shape)
+    return outs.reshape(*shape, w.v_head_dim), roundings.reshape(shape)
 
 
 def _chunks(
     w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Scores before masking and softmax weights [n, G, R, Skv], and v [n, 1, Skv, DV], for some KV heads at a time."""
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For some KV heads and query rows at a time: where they go in [B·KV, G, R], their scores before masking and their
+    softmax weights [n, G, r, Skv], and v [n, 1, Skv, DV]."""
     q = inputs.q if rows is None else inputs.q[:, :, rows]
     length = q.shape[2]
     q = q.reshape(w.batch * w.kv_heads, w.group, length, w.head_dim)
     k, v = (t.flatten(0, 1)[:, None] for t in (inputs.k, inputs.v))  # [B·KV, 1, Skv, D]
-    mask = w.mask(q.device, rows)
-    hidden = None if mask is None else ~mask
+    rows = torch.arange(length, device=q.device) if rows is None else rows
     before, after = (1.0, w.scale) if scaled == "scores" else (w.scale**0.5, 1.0)
-    step = max(1, CHUNK_BYTES // (w.group * length * w.kv_len * 8))
-    for first in range(0, len(q), step):
-        chunk = slice(first, first + step)
-        scores = (q[chunk].to(dtype) * before) @ (k[chunk].to(dtype) * before).transpose(-2, -1) * after
-        if w.softcap:
-            scores = torch.tanh(scores / w.softcap) * w.softcap
-        weights = torch.softmax(scores if hidden is None else scores.masked_fill(hidden, float("-inf")), -1)
-        yield scores, weights.nan_to_num_(0.0) if w.blind_rows else weights, v[chunk].to(dtype)
+    fit = CHUNK_BYTES // (w.group * w.kv_len * 8)  # query rows of one KV head
+    for first in range(0, length, max(1, min(fit, length))):
+        part = slice(first, first + max(1, min(fit, length)))
+        mask = w.mask(q.device, rows[part])
+        for head in range(0, len(q), max(1, fit // length)):
+            chunk = slice(head, head + max(1, fit // length))
+            scores = (q[chunk, :, part].to(dtype) * before) @ (k[chunk].to(dtype) * before).transpose(-2, -1) * after
+            if w.softcap:
+                scores = torch.tanh(scores / w.softcap) * w.softcap
+            weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, float("-inf")), -1)
+            where = (chunk, slice(None), part)
+            yield where, scores, weights.nan_to_num_(0.0) if w.blind_rows else weights, v[chunk].to(dtype)
 
 
-def sample_rows(w: Workload, device: str, seed: int) -> torch.Tensor | None:
-    """None where every row fits; else first and last rows, both sides of tile edges, and random ones, sorted."""
+def sample_rows(w: Workload, device: str, seed: int, prefer: torch.Tensor | None = None) -> torch.Tensor | None:
+    """None where every row fits; else first and last rows, both sides of tile edges, preferred and random ones, sorted."""
     fit = MAX_PAIRS[device] // (w.batch * w.heads * w.kv_len)
     if w.q_len <= max(fit, 128):
         return None
@@ -124,8 +158,10 @@ def sample_rows(w: Workload, device: str, seed: int) -> torch.Tensor | None:
     edges = torch.arange(64, w.q_len, 64)
     edges = edges[torch.randperm(len(edges), generator=generator)[: fit // 4]]
     ends = torch.tensor([0, 1, w.q_len - 2, w.q_len - 1])
-    random = torch.randperm(w.q_len, generator=generator)[: fit - 2 * len(edges) - len(ends)]
-    return torch.cat([ends, edges - 1, edges, random]).unique().to(device)
+    free = fit - 2 * len(edges) - len(ends)
+    preferred = torch.empty(0, dtype=torch.long) if prefer is None else prefer[: free * 3 // 4]
+    random = torch.randperm(w.q_len, generator=generator)[: free - len(preferred)]
+    return torch.cat([ends, edges - 1, edges, preferred, random]).unique().to(device)
 
 
 def _worst(ratio: torch.Tensor) -> float:

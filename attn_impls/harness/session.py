@@ -17,7 +17,7 @@ import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from ..workload import DTYPE_NAMES
-from . import environment, limits, makespan, measure, profile
+from . import environment, limits, makespan, measure, probes, profile
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .journal import Journal
@@ -39,6 +39,7 @@ class Session:
         self.broken: dict[str, str] = {}
         self.lost = ""  # the culprit of a sticky CUDA error
         self._checked: dict[Case, tuple[Verdict, float]] = {}
+        self._probed: dict[str, dict[str, str]] = {}  # implementation: its answers
         self._ceilings: dict[torch.dtype, limits.Ceiling] = {}
 
     @cached_property
@@ -149,6 +150,12 @@ class Session:
         verdict, build_seconds = self._checked[case]
         if verdict.disqualified:
             raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
+        if case.implementation.name not in self._probed and build_seconds < probes.SLOW:
+            self._probed[case.implementation.name] = probes.probe(case.implementation, self.device, hurry=True)
+            kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
+        answers = self._probed.get(case.implementation.name, {})
+        if objection := probes.objection(answers, case.workload):
+            raise CaseFailed(f"{case.implementation.name} {objection}; it is not timed")
         call = partial(kernel, *problem.plain.as_layout(case.implementation.layout))
         baseline = None if verdict.sdpa_is_wrong else self._baseline(case, problem)
         rounds, warmup = self.selection.rounds, self.selection.warmup_rounds
@@ -163,7 +170,7 @@ class Session:
             with guard(case, "kernel"):
                 facts = measure.facts(timing, self.clock) | measure.cost(call, self.clock, timing.median)
                 facts["kernels"] = profile.kernel_names(call, self.device)
-            facts |= self._describe(case, timing.median, verdict) | {"build_s": build_seconds}
+            facts |= self._describe(case, timing.median, verdict) | {"build_s": build_seconds, "probes": probes.brief(answers)}
             if case.implementation.dispatches:
                 facts["chosen"] = profile.chosen(facts["kernels"])
             if case.implementation.name == "sdpa":

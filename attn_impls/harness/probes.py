@@ -1,0 +1,148 @@
+"""What an implementation takes an option to mean, asked with inputs whose answer is known in closed form."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..registry import Implementation, Unsupported
+from ..workload import Workload
+from .case import Broken, Case, CaseFailed, DeviceLost, build, call
+from .inputs import Inputs
+
+SLOW = 0.3  # seconds; an implementation that builds for longer, imports aside, is asked less
+APPROXIMATE = 0.05
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question: a workload, its inputs and exact output (bhsd, float64), and the workloads that the answer matters to."""
+
+    name: str
+    workload: Workload
+    ask: Callable[[Workload], tuple[Tensor, Tensor, Tensor, Tensor]]
+    concerns: Callable[[Workload], bool]
+
+
+def averages(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zero queries see all visible keys alike; v is 1, 2, 3, … along the keys, so a row is the mean of what it sees."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    v += torch.arange(1.0, w.kv_len + 1)[:, None]
+    rows = []
+    for i in range(w.q_len):
+        last = i + w.offset
+        first = max(0, last - w.window + 1) if w.window else 0
+        rows.append((first + last) / 2 + 1 if last >= 0 else 0.0)
+    return q, k, v, torch.tensor(rows)[:, None].expand(w.shapes()["out"]).double()
+
+
+def heads(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """v is the number of its KV head, from 1, and 10 more for each batch."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    batch = 10.0 * torch.arange(w.batch)[:, None, None, None]
+    v += batch + torch.arange(1.0, w.kv_heads + 1)[:, None, None]
+    out = batch + torch.arange(1.0, w.kv_heads + 1).repeat_interleave(w.group)[:, None, None]
+    return q, k, v, out.expand(w.shapes()["out"]).double()
+
+
+def one_score(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One key has the product 24 with every query, the others 0; only its v is not 0 but 1: its weight is the answer."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    q[..., 0], k[:, :, 3, 0], v[:, :, 3] = 4.0, 6.0, 1.0
+    score = 24.0 / math.sqrt(w.scale_dim)
+    score = w.softcap * math.tanh(score / w.softcap) if w.softcap else score
+    weight = math.exp(score) / (math.exp(score) + w.kv_len - 1)
+    return q, k, v, torch.full(w.shapes()["out"], weight, dtype=torch.float64)
+
+
+def copies(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query i picks key 5·i mod n; v tells batch, head, key and column apart."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    picked = torch.arange(w.q_len) * 5 % w.kv_len
+    k[:, :, torch.arange(w.kv_len), torch.arange(w.kv_len)] = 20.0
+    q[:, :, torch.arange(w.q_len), picked] = 20.0
+    number = torch.arange(float(w.batch * w.heads * w.kv_len)).reshape(w.batch, w.heads, w.kv_len, 1)
+    v += number + 64 * (torch.arange(w.v_head_dim) % 3)
+    return q, k, v, v[:, :, picked].clone()
+
+
+def _w(text: str) -> Workload:
+    return Workload.parse(f"{text}-bf16")
+
+
+PROBES = (
+    Probe("layout", _w("b2-h2-s16-d64"), copies, lambda _w: True),
+    Probe("default scale", _w("b1-h2-s16-d64"), one_score, lambda w: w.scale_dim == w.head_dim),
+    Probe("causal", _w("b1-h2-s16-d64-causal"), averages, lambda w: w.causal),
+    Probe("alignment", _w("b1-h2-q8kv16-d64-causal"), averages, lambda w: w.causal and w.offset > 0),
+    Probe("blind rows", _w("b1-h2-q16kv8-d64-causal"), averages, lambda w: w.blind_rows > 0),
+    Probe("window", _w("b1-h2-s16-d64-causal-win4"), averages, lambda w: w.window > 0),
+    Probe("GQA", _w("b2-h6kv2-s16-d64"), heads, lambda w: w.group > 1),
+    Probe("scale", _w("b1-h2-s16-d64-scale144"), one_score, lambda w: w.scale_dim != w.head_dim),
+    Probe("softcap", _w("b1-h2-s16-d64-cap2"), one_score, lambda w: w.softcap > 0),
+)
+
+
+def probe(implementation: Implementation, device: str, hurry: bool = False) -> dict[str, str]:
+    """The answer to each probe: "ok", "unsupported: why", "raised: what" or "wrong: by how much".
+
+    hurry: ask an implementation that builds slowly two probes only; the others are "not asked: why". Raises Broken and
+    DeviceLost.
+    """
+    answers: dict[str, str] = {}
+    slow = 0
+    for asked in PROBES:
+        if hurry and slow == 2:
+            answers[asked.name] = "not asked: slow to build"
+            continue
+        started = time.perf_counter()
+        answers[asked.name] = answer(asked, implementation, device)
+        slow += time.perf_counter() - started > SLOW
+    return answers
+
+
+def answer(asked: Probe, implementation: Implementation, device: str) -> str:
+    """The answer to one probe."""
+    w = asked.workload
+    q, k, v, right = asked.ask(w)
+    inputs = Inputs(*(t.to(w.dtype).to(device) for t in (q, k, v))).as_layout(implementation.layout)
+    case = Case(w, implementation, device)
+    try:
+        kernel, _ = build(case, inputs)
+        out = call(case, kernel, inputs)
+    except Unsupported as reason:
+        return f"unsupported: {reason}"
+    except (Broken, DeviceLost):
+        raise
+    except CaseFailed as error:
+        return f"raised: {str(error).splitlines()[0]}"
+    out = (out.transpose(1, 2) if implementation.layout == "bshd" else out).double().cpu()
+    unit = APPROXIMATE if implementation.approximate else 2 * torch.finfo(w.dtype).eps
+    wrong = ~((out - right).abs() <= unit * (right.abs() + 0.1))  # NaN is wrong
+    if not bool(wrong.any()):
+        return "ok"
+    first = tuple(wrong.nonzero()[0].tolist())
+    return f"wrong: {int(wrong.sum())} of {wrong.numel()} values, at {list(first)} {out[first]:.4g} for {right[first]:.4g}"
+
+
+def brief(answers: dict[str, str]) -> str:
+    """The answers in a few words: "7 ok", "wrong: window; 6 ok", "not asked" where building takes too long."""
+    kinds: dict[str, list[str]] = {}
+    for name, text in answers.items():
+        kinds.setdefault(text.partition(":")[0], []).append(name)
+    parts = [f"{kind}: {', '.join(kinds[kind])}" for kind in ("wrong", "raised") if kind in kinds]
+    return "; ".join([*parts, f"{len(kinds['ok'])} ok"] if "ok" in kinds else parts) or "not asked"
+
+
+def objection(answers: dict[str, str], w: Workload) -> str:
+    """The first wrong answer that matters to a workload, with the probe's name, or ""."""
+    for asked in PROBES:
+        text = answers.get(asked.name, "")
+        if text.startswith("wrong") and asked.concerns(w):
+            return f"fails the probe {asked.name!r} ({asked.workload}): {text.removeprefix('wrong: ')}"
+    return ""
