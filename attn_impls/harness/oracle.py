@@ -31,7 +31,7 @@ class Reference:
     out: torch.Tensor
     norm: torch.Tensor
     budget: torch.Tensor
-    drift: float
+    drift: float = float("inf")  # not judged
 
     def select(self, out: torch.Tensor) -> torch.Tensor:
         """The rows of an output [B, H, Sq, DV] that this reference knows, in float64."""
