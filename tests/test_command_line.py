@@ -296,6 +296,7 @@ def test_benchmarks_asked_for_under_xdist_are_refused(run_suite, folder, asked):
     assert listing(folder) == before
 
 
+@pytest.mark.slow
 def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
     folder = suite_copy({"zeros.py": "from attn_impls import attention\n\n@attention('zeros')\ndef zeros(w):\n"
                          "    return lambda q, k, v: q * 0\n"})  # fmt: skip

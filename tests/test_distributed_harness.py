@@ -132,7 +132,8 @@ def test_two_ranks_speak_with_one_voice(suite_copy):
     assert "DTensor knows how to shard SDPA only" in run.out
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_sharding_mutants_are_rejected(suite_copy, ranks):
     """tests/test_sharding_mutants.py and tests/test_makespan.py, which need ranks."""
     names = "test_sharding_mutants", "test_makespan", "fakes"
