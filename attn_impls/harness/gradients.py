@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from ..parallel.plan import only_heads
 from ..registry import Unsupported
 from ..workload import Workload
 from .inputs import Inputs
@@ -92,3 +95,15 @@ def _judged(w: Workload, exact: torch.Tensor, plain: list[torch.Tensor], first_o
         error = (one.double() - exact).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
     return Reference(None, exact, norm, BACKWARD_TOLERANCE * scale)
+
+
+def errors(plan: Any, known: dict[str, Reference], found: Inputs) -> dict[str, float]:
+    """The worst row of each gradient of a rank's own heads, as a share of its budget; `plan` says which heads they are."""
+    heads = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads}
+    errors = {}
+    for name, gradient in zip("qkv", found, strict=True):
+        real = [(position, head) for position, head in enumerate(heads[name]) if head >= 0]
+        if real:
+            mine = only_heads(known[name], [head for _, head in real])
+            errors[name] = mine.over_budget(gradient[:, [position for position, _ in real]])
+    return {name: errors.get(name, 0.0) for name in "qkv"}

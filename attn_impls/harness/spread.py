@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..parallel.plan import Form, Plan, Spread, only_heads
+from ..parallel.plan import Form, Plan, Spread
 from ..registry import Kernel, Unsupported
 from ..workload import Workload
 from . import gradients, makespan, scaling, topology
@@ -135,7 +135,7 @@ class Spreads:
             known = self.ranks.guarded("the gradients' answer", lambda: gradients.reference(w, inputs, dout))
             share = self.ranks.guarded("sharing", partial(plan.share, inputs))
             found = self.ranks.guarded("gradients", lambda: plan.gradients(share, dout), collective=True)
-            mine = self.ranks.guarded("comparing", lambda: _gradient_errors(plan, known, found))
+            mine = self.ranks.guarded("comparing", lambda: gradients.errors(plan, known, found))
             everyone = self.ranks.exchange(mine)
             return {name: max(one[name] for one in everyone) for name in mine}
 
@@ -282,17 +282,6 @@ def _error(plan: Plan, known: Reference, out: torch.Tensor) -> float:
     if (found.shape[0], found.shape[1], found.shape[3]) != expected:
         raise CaseFailed(f"the result has shape {tuple(found.shape)}, expected batch, heads and head dim {expected}")
     return known.over_budget(found)
-
-
-def _gradient_errors(plan: Any, known: dict[str, Reference], found: Inputs) -> dict[str, float]:
-    heads = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads}
-    errors = {}
-    for name, gradient in zip("qkv", found, strict=True):
-        real = [(position, head) for position, head in enumerate(heads[name]) if head >= 0]
-        if real:
-            mine = only_heads(known[name], [head for _, head in real])
-            errors[name] = mine.over_budget(gradient[:, [position for position, _ in real]])
-    return {name: errors.get(name, 0.0) for name in "qkv"}
 
 
 def _poison(case: Case) -> None:
