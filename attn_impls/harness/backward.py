@@ -64,9 +64,12 @@ def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) ->
             if not call.outs[0].requires_grad:
                 raise Unsupported("forward only: its output carries no gradient")
             found = call()
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, NotImplementedError) or any(sign in str(error) for sign in FORWARD_ONLY):
-                raise Unsupported(f"forward only: {one_line(error)}") from None
+        except Unsupported:
+            raise
+        except Exception as error:
+            said = [line for line in str(error).splitlines() if any(sign in line for sign in FORWARD_ONLY)]
+            if said or isinstance(error, NotImplementedError):
+                raise Unsupported(f"forward only: {said[0].strip() if said else one_line(error)}") from None
             raise
         if case.device == "cuda":
             torch.cuda.synchronize()
