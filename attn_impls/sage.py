@@ -8,7 +8,7 @@ from attn_impls import Unsupported, Workload, attention
     dist="sageattention",
     devices=("cuda",),
     backward=False,
-    approximate=True,
+    approximate="int8",
     install="pip install sageattention==1.0.6",
 )
 def sage(w: Workload):
