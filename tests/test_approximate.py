@@ -166,6 +166,19 @@ def test_sampled_rows_are_judged_as_all_are(suite, monkeypatch):
             torch.testing.assert_close(one[:, :, some.rows], other)
 
 
+@pytest.mark.parametrize("factor", [2.0**-12, 2.0**12])
+def test_fp8_operands_are_scaled_whatever_their_size(suite, factor):
+    problem = bench(GQA, suite.device).problem
+    x, known = problem.needles, problem.references[0]
+    resized = type(x)(x.q.double() * factor, x.k.double() / factor, x.v.double())
+    for one, other in zip(
+        approximate._quantised(GQA, x, known, approximate.ARITHMETIC["fp8"]),
+        approximate._quantised(GQA, resized, known, approximate.ARITHMETIC["fp8"]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
 def test_true_is_the_loosest_class(suite):
     references = {declared: bench(GQA, suite.device).problem.known(declared) for declared in (False, *PRECISIONS, True)}
     for n in range(2):

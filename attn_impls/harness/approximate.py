@@ -24,7 +24,6 @@ class Arithmetic(NamedTuple):
 ARITHMETIC = {"int8": Arithmetic("int8", "fp16"), "fp8": Arithmetic("fp8", "fp8")}
 FLOATS = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 BLOCK = 128  # tokens of a head that share one scale, at most
-P_SCALE = 256.0  # a row's largest weight before it is rounded, so that the small ones do not vanish
 
 
 def loosened(w: Workload, inputs: Inputs, known: Reference, approximate: bool | str) -> Reference:
@@ -66,12 +65,9 @@ def _quantised(
     their own errors times v and p. Independent errors add in squares.
     """
     q, k, v = (tensor.double() for tensor in inputs)
-    noise = [_variance(tensor, declared.qk) for tensor in (q, k)] + [_variance(v, declared.pv)]
-    of_q = torch.cat([noise[0], q.square()], -1).unflatten(1, (w.kv_heads, w.group)).flatten(0, 1)  # [B·KV, G, Sq, 2·D]
-    of_k = torch.cat([k.square(), noise[1]], -1).flatten(0, 1)[:, None]  # [B·KV, 1, Skv, 2·D]
-    of_v = noise[2].sum(-1).flatten(0, 1)[:, None, :, None]  # [B·KV, 1, Skv, 1]
+    of_q, of_k, of_v = _noise(w, q, k, v, declared)
     of_q = of_q if known.rows is None else of_q[:, :, known.rows]
-    sigma = torch.empty(of_q.shape[:3], dtype=torch.float64, device=q.device)
+    sigma = torch.empty_like(of_q[..., 0], dtype=torch.float64)
     deciding = torch.empty_like(sigma)
     outs = empty(w, inputs, known.rows, torch.float64)
     exact = known.out.reshape(outs.shape)
@@ -89,33 +85,50 @@ def _quantised(
         several = (spread.sum(-1) / spread.amax(-1)).nan_to_num_(1.0)
         deciding[where] = (several - 1).clamp(1, w.head_dim)  # weights sum to one, so of two scores one difference counts
         largest = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        of_p = _variance(weights / largest * P_SCALE, declared.pv) * (largest / P_SCALE) ** 2
+        of_p = _variance(weights / largest, declared.pv) * largest.square()
         squares += (of_p @ values.square().sum(-1, keepdim=True) + weights.square() @ of_v[where[0]])[..., 0]
         sigma[where] = squares.clamp(min=0).sqrt()
-        outs[where] = (_rounded(coarse / largest * P_SCALE, declared.pv) * (largest / P_SCALE)) @ _rounded(values, declared.pv)
+        outs[where] = (_rounded(coarse / largest, declared.pv) * largest) @ _rounded(values, declared.pv)
     shape = known.norm.shape
     return sigma.reshape(shape), deciding.reshape(shape), outs.reshape(known.out.shape)
 
 
+def _noise(
+    w: Workload, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, declared: Arithmetic
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors of a product's variance, q's [B·KV, G, Sq, 2·D] and k's [B·KV, 1, Skv, 2·D], and the variance of v's rows
+    [B·KV, 1, Skv, 1]."""
+    of_q = torch.cat([_variance(q, declared.qk), q.square()], -1).unflatten(1, (w.kv_heads, w.group)).flatten(0, 1)
+    of_k = torch.cat([k.square(), _variance(k, declared.qk)], -1).flatten(0, 1)[:, None]
+    return of_q.float(), of_k.float(), _variance(v, declared.pv).sum(-1).flatten(0, 1)[:, None, :, None]
+
+
 def _variance(x: torch.Tensor, precision: str) -> torch.Tensor:
     """The mean square of the error that rounding makes in each element of x [..., S, D]."""
+    unit = _unit(x, precision)
     if precision == "int8":
-        return (_step(x).square() / 12).expand_as(x)
+        return (unit.square() / 12).expand_as(x)
     kind = torch.finfo(FLOATS[precision])
-    return (x.abs() * (kind.eps / 2)).clamp(min=kind.smallest_normal * kind.eps / 2).square() / 3 * (x != 0)
+    error = (x / unit).abs().clamp(min=kind.smallest_normal) * (kind.eps / 2)
+    return (error * unit).square() / 3 * (x != 0)
 
 
 def _rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
-    """x [..., S, D] as the precision holds it; int8 and fp8 operands are scaled to fill their range."""
-    if precision == "int8":
-        step = _step(x)
-        return (x / step).round() * step
-    return x.to(FLOATS[precision]).to(x.dtype)
+    """x [..., S, D] as the precision holds it."""
+    unit = _unit(x, precision)
+    return (x / unit).round() * unit if precision == "int8" else (x / unit).to(FLOATS[precision]).to(x.dtype) * unit
 
 
-def _step(x: torch.Tensor) -> torch.Tensor:
-    """The step of symmetric int8 for each token of x [..., S, D], one for each BLOCK of them, [..., S, 1]."""
+def _unit(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """What x [..., S, D] is divided by to fill the precision's range: int8 for each BLOCK of tokens, fp8 for all of a head,
+    fp16 not at all."""
+    if precision == "fp16":
+        return torch.ones_like(x[..., :1, :1])
     largest = x.abs().amax(-1)
-    padded = torch.nn.functional.pad(largest, (0, -largest.shape[-1] % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).amax(-1, keepdim=True).expand(*padded.shape[:-1], -1, BLOCK)
-    return (blocks.flatten(-2)[..., : x.shape[-2], None] / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    if precision == "fp8":
+        unit = largest.amax(-1, keepdim=True)[..., None] / torch.finfo(FLOATS[precision]).max
+    else:
+        padded = torch.nn.functional.pad(largest, (0, -largest.shape[-1] % BLOCK))
+        blocks = padded.unflatten(-1, (-1, BLOCK)).amax(-1, keepdim=True).expand(*padded.shape[:-1], -1, BLOCK)
+        unit = blocks.flatten(-2)[..., : x.shape[-2], None] / 127
+    return unit.clamp(min=torch.finfo(torch.float32).tiny)
