@@ -20,7 +20,11 @@ def cudnn_frontend(w: Workload):
     if w.softcap:
         raise Unsupported("cuDNN's fused attention has a softcap only as a score modifier, which excludes masks")
     dtype = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[w.dtype]
-    handle, shapes = cudnn.create_handle(), w.shapes()
+    try:
+        handle = cudnn.create_handle()
+    except RuntimeError as error:  # so its bindings say that the library does not load
+        raise ImportError(f"cuDNN does not start: {error}") from None
+    shapes = w.shapes()
     strides = {name: torch.empty(shape, device="meta").stride() for name, shape in shapes.items()}
     accumulate = cudnn.data_type.FLOAT
     graph = cudnn.pygraph(io_data_type=dtype, intermediate_data_type=accumulate, compute_data_type=accumulate, handle=handle)
@@ -30,7 +34,7 @@ def cudnn_frontend(w: Workload):
     try:
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     except (cudnn.cudnnGraphNotSupportedError, NotImplementedError) as error:
-        raise Unsupported(f"cuDNN: {' '.join(str(error).split()) or 'no plan for this graph'}") from None
+        raise Unsupported(f"cuDNN: {_reason(error)}") from None
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8)
 
     def kernel(q, k, v):
@@ -40,6 +44,12 @@ def cudnn_frontend(w: Workload):
         return out
 
     return kernel
+
+
+def _reason(error: Exception) -> str:
+    """Why cuDNN itself declined, without the reasons of engines for other GPUs that the message goes on with."""
+    text = " ".join(str(error).split()).partition("; python engines declined")[0]
+    return text.partition("the backend declined: ")[2] or text or "no plan for this graph"
 
 
 def _mask(w: Workload, alignment) -> dict:
