@@ -1,0 +1,323 @@
+"""The report's tables as plain text cells, for the page and for Markdown alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..summary import significant
+from .load import Row, Run, newest
+
+CLOSE = 0.03  # two medians of one process nearer than this are not told apart
+
+
+class Record(NamedTuple):
+    """A line of a table, and what the filters know it by ("" is always shown)."""
+
+    cells: tuple[str, ...]
+    workload: str = ""
+    implementation: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns whose title begins with "<" are text; the others are numbers, set to the right."""
+
+    columns: tuple[str, ...]
+    records: list[Record]
+    note: str = ""
+
+    @property
+    def titles(self) -> list[str]:
+        return [column.removeprefix("<") for column in self.columns]
+
+    @property
+    def text(self) -> list[bool]:
+        return [column.startswith("<") for column in self.columns]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that may be compared: one device, one direction, one process or several ranks."""
+
+    device: str
+    direction: str
+    spread: bool
+    rows: list[Row] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        return f"{self.device} · {self.direction}" + (" · several ranks" if self.spread else "")
+
+    @property
+    def workloads(self) -> dict[str, list[Row]]:
+        """Each workload's rows, fastest first, in the order of the runs."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row["workload"], []).append(row)
+        return {workload: sorted(rows, key=lambda row: row["ms"]) for workload, rows in found.items()}
+
+
+def sections(runs: list[Run]) -> list[Section]:
+    found: dict[tuple[str, str, bool], list[Row]] = {}
+    for row in newest(runs):
+        found.setdefault((row["device"], row["direction"], "form" in row), []).append(row)
+    return [Section(*key, rows) for key, rows in found.items()]
+
+
+def name(row: Row) -> str:
+    arrow = f" → {row['chosen']}" if row["chosen"] else ""
+    return row["implementation"] + arrow + (f" {row['flags']}" if row["flags"] else "")
+
+
+def title(row: Row) -> str:
+    return row["workload"] + (f" ({row['label']})" if row["label"] else "")
+
+
+def leaders(rows: list[Row]) -> list[Row]:
+    """The fastest, and the rows too near to it to be told apart, by their medians or by their rounds paired with SDPA's."""
+    best = rows[0]
+
+    def behind(row: Row) -> float:
+        paired = [one["vs_sdpa"] for one in (best, row)]
+        return min(row["ms"] / best["ms"], paired[0] / paired[1] if all(paired) else math.inf) - 1
+
+    return [best, *(row for row in rows[1:] if behind(row) < CLOSE)]
+
+
+def winners(section: Section) -> Table:
+    """The fastest of each workload (of each form, on several ranks), and who is too near to be told apart."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in section.rows:
+        groups.setdefault((row["workload"], row.get("form"), row.get("world_size")), []).append(row)
+    records = [_winner(sorted(rows, key=lambda row: row["ms"]), section.spread) for rows in groups.values()]
+    who = ("<workload", "<form", "ranks", "<fastest") if section.spread else ("<workload", "<fastest")
+    what = ("time", "efficiency") if section.spread else ("time", "TFLOP/s", "% limit", "vs sdpa [95 % CI]")
+    note = f"≈: less than {100 * CLOSE:.0f} % behind, in median time or in speed-up over SDPA of the same rounds: too near to call."
+    return Table((*who, *what, "<next"), records, note)
+
+
+def _winner(rows: list[Row], spread: bool) -> Record:
+    best, *others = rows
+    near = leaders(rows)[1:]
+    following = f"{name(others[0])}, {100 * (others[0]['ms'] / best['ms'] - 1):.1f} % behind" if others else "–"
+    following = "≈ " + ", ".join(name(row) for row in near) if near else following
+    who = (best["form"], str(best["world_size"])) if spread else ()
+    what = (percent(best["efficiency"]),) if spread else (number(best.get("tflops")), percent(best["percent"]), versus(best))
+    return Record((title(best), *who, name(best), milliseconds(best["ms"]), *what, following), best["workload"])
+
+
+def ranking(section: Section) -> Table | None:
+    """Geometric means over the workloads that all ranked implementations share; None where there is nothing to rank."""
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in section.rows:
+        by_name.setdefault(row["implementation"], {})[row["workload"]] = row
+    ranked = dict(by_name)
+    while not (shared := _shared(ranked)) and len(ranked) > 1:
+        del ranked[min(ranked, key=lambda implementation: len(ranked[implementation]))]
+    if section.spread or len(ranked) < 2:
+        return None
+    paired = all(ranked[one][w]["vs_sdpa"] for one in ranked for w in shared)
+    fastest = {w: min(rows[w]["ms"] for rows in ranked.values()) for w in shared}
+
+    def mean(rows: dict[str, Row]) -> float:
+        return statistics.geometric_mean(rows[w]["vs_sdpa"] if paired else fastest[w] / rows[w]["ms"] for w in shared)
+
+    means = {one: mean(rows) for one, rows in ranked.items()}
+    first = [row["implementation"] for rows in section.workloads.values() for row in leaders(rows)]
+    total = len(section.workloads)
+    records = [
+        Record((str(n), one, f"{ratio(means[one])}×", f"{first.count(one)}", f"{len(by_name[one])} of {total}"), "", one)
+        for n, one in enumerate(sorted(means, key=means.__getitem__, reverse=True), 1)
+    ]
+    left = [one for one in by_name if one not in ranked]
+    over = f"Geometric mean over the {len(shared)} of {total} workloads that all of these have: {', '.join(shared)}."
+    without = f" Shares none of them: {', '.join(left)}." if left else ""
+    measure = "vs sdpa" if paired else "vs fastest"
+    return Table(("rank", "<implementation", measure, "fastest or ≈ on", "ran on"), records, over + without)
+
+
+def _shared(ranked: dict[str, dict[str, Row]]) -> list[str]:
+    workloads: dict[str, None] = {w: None for rows in ranked.values() for w in rows}
+    return [w for w in workloads if all(w in rows for rows in ranked.values())]
+
+
+def cases(section: Section) -> Table:
+    """Every case, workload by workload, fastest first."""
+    columns = SPREAD if section.spread else SINGLE
+    seen: set[tuple[Any, ...]] = set()
+    records = []
+    for rows in section.workloads.values():
+        for row in sorted(rows, key=lambda row: str(row.get("form", ""))):  # stable: fastest first within
+            group = (row["workload"], row.get("form"), row.get("world_size"))
+            cells = tuple(cell(row) for _, cell in columns)
+            records.append(Record(cells, row["workload"], row["implementation"], group not in seen))
+            seen.add(group)
+    return Table(tuple(column for column, _ in columns), records, LEGEND)
+
+
+def missing(runs: list[Run]) -> Table:
+    """Each implementation that has no result somewhere, with the reason; what is missing for one reason stands once."""
+    places: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        for cell in _missing(run):
+            parts = (cell["workload"], cell.get("form"), cell.get("direction") if cell.get("direction") != "forward" else "")
+            place = " ".join(filter(None, parts))
+            places.setdefault((cell["implementation"], run.device, cell["reason"]), []).append(place)
+    records = [
+        Record((implementation, reason, _places(where), device), "", implementation)
+        for (implementation, device, reason), where in sorted(places.items())
+    ]
+    return Table(("<implementation", "<reason", "<where", "<device"), records)
+
+
+def _places(where: list[str]) -> str:
+    names = list(dict.fromkeys(where))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _missing(run: Run) -> list[dict[str, str]]:
+    if run.missing is not None:
+        return run.missing
+    there = {(row["workload"], row["implementation"], row.get("form", ""), row["direction"]) for row in run.rows}
+    names = dict.fromkeys(row["implementation"] for row in run.rows)
+    cells = dict.fromkeys((row["workload"], row.get("form", ""), row["direction"]) for row in run.rows)
+    return [
+        {"workload": w, "implementation": one, "form": form, "direction": direction, "reason": UNKNOWN}
+        for w, form, direction in cells
+        for one in names
+        if (w, one, form, direction) not in there
+    ]
+
+
+UNKNOWN = "no result; this older file stores no reasons"
+
+
+def environment(runs: list[Run]) -> Table:
+    """What gave the numbers, a line for each run."""
+    records = [Record(tuple(str(cell(run) or "–") for _, cell in ENVIRONMENT)) for run in runs]
+    return Table(tuple(f"<{column}" for column, _ in ENVIRONMENT), records, "; ".join(differences(runs)))
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """What else differs between runs of one device: their cases stand side by side, and this may be why they differ."""
+    found = []
+    for device in dict.fromkeys(run.device for run in runs):
+        machines = [_versions(run) for run in runs if run.device == device]
+        for key in dict.fromkeys(key for machine in machines for key in machine):
+            values = list(dict.fromkeys(str(machine.get(key) or "none") for machine in machines))
+            if len(values) > 1:
+                found.append(f"{key} differs on {device}: {' / '.join(values)}")
+    return found
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    libraries = run.machine.get("libraries")
+    keys = ("torch", "triton", "cuda", "cudnn", "driver")
+    return {key: run.machine.get(key) for key in keys} | (libraries if isinstance(libraries, dict) else {})
+
+
+def _libraries(run: Run) -> str:
+    libraries = run.machine.get("libraries")
+    return ", ".join(f"{k} {v}" for k, v in libraries.items()) if isinstance(libraries, dict) else ""
+
+
+def _ranks(run: Run) -> str:
+    info = run.machine
+    backend = f"{info.get('backend') or ''} {info.get('nccl') or ''}".strip()
+    return f"{info['world_size']} ({backend}); {info.get('topology') or ''}".rstrip("; ") if info.get("world_size") else ""
+
+
+def _device(run: Run) -> str:
+    count = run.machine.get("gpu_count") or 0
+    return (f"{count} × " if isinstance(count, int) and count > 1 else "") + run.device
+
+
+ENVIRONMENT: tuple[tuple[str, Callable[[Run], Any]], ...] = (
+    ("run", lambda run: run.name),
+    ("date (UTC)", lambda run: run.when),
+    ("device", _device),
+    ("driver", lambda run: run.machine.get("driver")),
+    ("CUDA", lambda run: run.machine.get("cuda")),
+    ("cuDNN", lambda run: run.machine.get("cudnn")),
+    ("torch", lambda run: run.machine.get("torch")),
+    ("triton", lambda run: run.machine.get("triton")),
+    ("libraries", _libraries),
+    ("ranks", _ranks),
+    ("Python", lambda run: run.machine.get("python_version")),
+    ("commit", lambda run: run.commit_text),
+    ("cases", lambda run: len(run.rows)),
+)
+
+
+def milliseconds(ms: float) -> str:
+    return f"{significant(ms)} ms" if ms >= 0.1 else f"{significant(ms * 1e3)} µs"
+
+
+def number(x: float | None) -> str:
+    return "–" if x is None else significant(x)
+
+
+def percent(x: float | None) -> str:
+    return "–" if x is None else f"{x:.3g} %" if x < 1 else f"{x:.0f} %"
+
+
+def ratio(x: float) -> str:
+    return f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
+
+
+def versus(row: Row) -> str:
+    """The paired speed-up with its interval, which needs no saying where it is not wider than what is shown."""
+    if row["implementation"] == "sdpa":
+        return "baseline"
+    value, low, high = (row[key] for key in ("vs_sdpa", "vs_low", "vs_high"))
+    if value is None:
+        return "–"
+    return f"{ratio(value)}×" if None in (low, high) else f"{ratio(value)}× [{ratio(low)}, {ratio(high)}]"
+
+
+def _speedup(row: Row) -> str:
+    return "–" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+
+
+def _limit(row: Row) -> str:
+    return "–" if row["limit_ms"] is None else f"{milliseconds(row['limit_ms'])} ({row['limit_bound']})"
+
+
+_TIME: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("time", lambda row: milliseconds(row["ms"])),
+    ("IQR", lambda row: f"{100 * (row['q3'] - row['q1']) / row['ms']:.1f} %"),
+)
+SINGLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("<workload", title),
+    ("<implementation", name),
+    *_TIME,
+    ("TFLOP/s", lambda row: number(row.get("tflops"))),
+    ("limit", _limit),
+    ("% limit", lambda row: percent(row["percent"])),
+    ("vs sdpa [95 % CI]", versus),
+    ("host µs", lambda row: number(row["host_us"])),
+    ("peak MiB", lambda row: number(row["peak_mib"])),
+    ("error", lambda row: number(row["error"])),
+)
+SPREAD: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("<workload", title),
+    ("<form", lambda row: row["form"]),
+    ("ranks", lambda row: str(row["world_size"])),
+    ("<implementation", name),
+    *_TIME,
+    ("speed-up", _speedup),
+    ("efficiency", lambda row: percent(row["efficiency"])),
+    ("exposed", lambda row: "–" if row["exposed_ms"] is None else f"{significant(row['exposed_ms'])} ms"),
+    ("% bound", lambda row: percent(row["bound_percent"])),
+    ("imbalance", lambda row: "–" if row["imbalance"] is None else f"{row['imbalance']:.3f}"),
+    ("error", lambda row: number(row["error"])),
+)
+LEGEND = (
+    "Time: median over the rounds. Error: worst row against float64, as a share of what its dtype excuses (up to 1 passes). "
+    "→ the kernel that a dispatching library chose. ! the time includes the host's. ~ unsteady SM clock. ≈ approximate kernel."
+)
