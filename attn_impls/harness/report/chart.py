@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A spec, drawn once for each panel. `width`: pixels below which a panel scrolls sideways; 0: it can be narrow."""
+    """A spec, drawn once for each panel.
+
+    `width`: pixels below which a panel scrolls sideways; 0: it can be narrow. `height`: pixels, times the number of
+    different values that the panel's rows have in each field of `lines`.
+    """
 
     key: str
     title: str
@@ -31,7 +36,15 @@ class Chart:
     rows: list[Row] = field(repr=False)
     panels: tuple[Panel, ...] = (Panel("", {}),)
     width: int = 0
+    height: int = 320
+    lines: tuple[str, ...] = ()
     legend: bool = True
+
+    def rows_of(self, panel: Panel) -> list[Row]:
+        return [row for row in self.rows if all(row[key] == value for key, value in panel.where.items())]
+
+    def height_of(self, rows: list[Row]) -> int:
+        return self.height * math.prod(len({row[line] for row in rows}) for line in self.lines)
 
 
 class Series:
@@ -70,7 +83,7 @@ def spec(chart: Any) -> dict[str, Any]:
     """As wide as its place on the page, without a theme: the page and the files bring their own."""
     found = chart.to_dict()
     found.pop("config", None)
-    return found | {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return found | {"width": "container"}
 
 
 def having(rows: list[Row], *names: str) -> list[Row]:

@@ -10,7 +10,7 @@ from . import spread_charts
 from .chart import CELLS, TIME, WHAT, Chart, Series, base, having, log, panels, readable, spec
 from .history import history
 from .load import Row, Run
-from .tables import Section
+from .tables import Section, ranking
 
 PANELS = 24  # workloads beyond which they share one frame
 DEEPEST = 3  # of the heat map's colours: 8 × slower or faster, and all beyond it, look alike
@@ -31,10 +31,12 @@ def _speedup(section: Section, series: Series) -> Chart | None:
     names = [name for name in series.names if any(row["implementation"] == name for row in rows)]
     if len(names) < 2:
         return None
-    names.sort(key=lambda name: -statistics.geometric_mean(row["vs_sdpa"] for row in rows if row["implementation"] == name))
-    x = alt.X("implementation:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
+    if ranked := ranking(section):
+        order = [record.implementation for record in ranked.records]
+        names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    x = alt.X("implementation:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40, orient="top", labelBound=False))
     y = alt.Y("workload:N", sort=None, title=None)
-    scale = alt.Scale(domain=[-DEEPEST, DEEPEST], domainMid=0, range="diverging", clamp=True)
+    scale = alt.Scale(domain=[-DEEPEST, DEEPEST], domainMid=0, range="diverging", interpolate="rgb", clamp=True)
     cells = base(rows, *WHAT, "vs sdpa", "95 % CI from", "95 % CI to", *TIME[:-2], "run").encode(x=x, y=y)
     cells = cells.transform_calculate(log2="log(datum.vs_sdpa) / LN2")
     chart = cells.mark_rect().encode(color=alt.Color("log2:Q", scale=scale, legend=None))
@@ -46,8 +48,10 @@ def _speedup(section: Section, series: Series) -> Chart | None:
         "Speed-up over SDPA",
         "Time of SDPA's default dispatch over the implementation's, in the same rounds. Blue is faster, orange slower; "
         "colours end at 8 ×. An empty cell did not run.",
-        spec(chart.properties(height=alt.Step(26))),
+        spec(chart),
         rows,
+        height=26,
+        lines=("workload",),
         width=240 + 46 * len(names),
         legend=False,
     )
@@ -81,9 +85,11 @@ def _time(section: Section, series: Series) -> Chart | None:
         "time",
         "Time by workload",
         "Median, with the bar from the first to the third quartile. " + _limit_note(rows),
-        spec(chart.properties(height=alt.Step(20))),
+        spec(chart),
         rows,
         Chart.panels if together else panels(rows, "workload"),
+        height=20,
+        lines=("workload",) if together else ("implementation",),
         width=560 if together else 0,
         legend=together,
     )
@@ -136,7 +142,7 @@ def _against_length(rows: list[Row], series: Series, names: tuple[str, str, str,
         known = base(rows, "workload", "limit, ms").transform_filter(f"isValid(datum.{limit})").encode(x=x)
         chart += known.mark_line(strokeDash=[5, 3]).encode(y=f"mean({limit}):Q", tooltip=alt.value(None))
     note = "Median, with the band from the first to the third quartile. " + _limit_note(rows)
-    return Chart(key, title, note, spec(chart.properties(height=320)), rows, panels(rows, "family"))
+    return Chart(key, title, note, spec(chart), rows, panels(rows, "family"))
 
 
 def _rooflines(section: Section) -> list[Callable[[Section, Series], Chart | None]]:
@@ -165,8 +171,9 @@ def _roofline(section: Section, series: Series, dtype: str) -> Chart | None:
         f"Roofline, {dtype}",
         "FLOPs of the unmasked pairs over the least bytes (inputs read once, output written once). "
         "Datasheet: dense peak and bandwidth; here: the matmul and the copy measured in the session.",
-        spec((roof + label + points).properties(height=380)),
+        spec(roof + label + points),
         rows,
+        height=380,
     )
 
 
@@ -203,7 +210,7 @@ def _error(section: Section, series: Series) -> Chart | None:
         "error",
         "Error against time",
         "Worst row against float64, as a share of what the workload's dtype excuses: 1 (dashed) is the most that passes. Left and low is good.",
-        spec((budget + points).properties(height=320)),
+        spec(budget + points),
         rows,
     )
 
@@ -224,6 +231,6 @@ def _host(section: Section, series: Series) -> Chart | None:
         "host",
         "Host against device time",
         "Above the dashed line a call takes the host longer than the device: back to back, such calls leave the GPU idle.",
-        spec((line.mark_line(strokeDash=[5, 3], strokeWidth=1.5)+ points).properties(height=320)),
+        spec(line.mark_line(strokeDash=[5, 3], strokeWidth=1.5) + points),
         rows,
     )

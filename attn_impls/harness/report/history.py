@@ -43,6 +43,6 @@ def history(section: Section, series: Series, runs: list[Run]) -> Chart | None:
         "History",
         "One line a case; below 1 it became faster. Bars: first to third quartile of the run. Rounds of one run share its machine's state: "
         "a small step between two runs may be the machine.",
-        spec((spread + lines + points).properties(height=340)),
+        spec(spread + lines + points),
         rows,
     )

@@ -7,7 +7,6 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const theme = () => document.documentElement.dataset.theme || (dark.matches ? "dark" : "light");
   const drawings = [];
-
   // a filter: words, all of which must occur, or a glob over the whole id
   function matcher(text) {
     const words = text.trim().toLowerCase().split(/\s+/).filter(Boolean);
@@ -30,6 +29,8 @@
     drawing.drawn = theme();
     const spec = structuredClone(drawing.chart.spec);
     spec.datasets = { cases: drawing.rows };
+    const values = (line) => new Set(drawing.rows.map((row) => row[line])).size;
+    spec.height = drawing.chart.lines.reduce((height, line) => height * values(line), drawing.chart.height);
     const config = structuredClone(themes[theme()]);
     if (drawing.element.clientWidth < 500) config.axis.labelLimit = 120;
     const options = { actions: false, renderer: "svg", config, tooltip: { theme: "custom" } };
@@ -106,7 +107,7 @@
     const chart = charts[n];
     legend(chart, figure.querySelector(".legend"));
     const frame = figure.querySelector(".panels");
-    frame.classList.toggle("alone", chart.panels.length === 1 || chart.width > 700);
+    frame.classList.toggle("alone", chart.panels.length === 1 || chart.width > 560);
     for (const panel of chart.panels) {
       const element = document.createElement("div"), outer = document.createElement("div");
       outer.className = "panel"; element.className = "drawing"; element.dataset.n = drawings.length;

@@ -87,7 +87,7 @@ def _slim(value: Any) -> Any:
 
 def _drawing(chart: Chart, store: Store) -> dict[str, Any]:
     panels = [{"title": panel.title, "where": panel.where} for panel in chart.panels]
-    names = {"key": chart.key, "title": chart.title, "note": chart.note, "legend": chart.legend, "width": chart.width}
+    names = {name: getattr(chart, name) for name in ("key", "title", "note", "legend", "width", "height", "lines")}
     return names | {"spec": chart.spec, "rows": store.index(chart.rows), "panels": panels}
 
 

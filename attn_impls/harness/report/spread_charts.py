@@ -17,9 +17,9 @@ def _matrix(section: Section, series: Series) -> Chart | None:
     if not rows:
         return None
     names = [name for name in series.names if any(row["implementation"] == name for row in rows)]
-    x = alt.X("implementation:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
+    x = alt.X("implementation:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40, orient="top", labelBound=False))
     cells = base(rows, *TIPS).encode(x=x, y=alt.Y("form:N", sort=None, title=None))
-    scale = alt.Scale(domain=[0, 100], range="ramp", clamp=True)
+    scale = alt.Scale(domain=[0, 100], range="ramp", interpolate="rgb", clamp=True)
     chart = cells.mark_rect().encode(color=alt.Color("efficiency:Q", scale=scale, legend=None))
     if len(names) <= CELLS:
         for field, form, dy in (("ms", ".3~g", -7), ("efficiency", ".0f", 7)):
@@ -30,10 +30,12 @@ def _matrix(section: Section, series: Series) -> Chart | None:
         "Strategy matrix",
         "Makespan (the slowest rank of each round), and efficiency below it: speed-up over the same kernel on one rank, over the ranks. "
         "Forms do different work: core sends nothing, project also projects.",
-        spec(chart.properties(height=alt.Step(38))),
+        spec(chart),
         rows,
         panels(rows, "workload", "world_size"),
-        width=170 + 64 * len(names),
+        height=38,
+        lines=("form",),
+        width=150 + 50 * len(names),
         legend=False,
     )
 
@@ -53,7 +55,7 @@ def _efficiency(section: Section, series: Series) -> Chart | None:
         y = alt.Y("efficiency:Q", scale=alt.Scale(zero=True), title="efficiency, %")
         lines = cases.mark_line(opacity=0.7).encode(x=x, y=y, tooltip=alt.value(None))
         chart = ideal.encode(y="efficiency:Q") + lines + cases.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, shape=series.shape())
-        return Chart("efficiency", "Efficiency", note, spec(chart.properties(height=300)), rows, panels(rows, "workload", "form"))
+        return Chart("efficiency", "Efficiency", note, spec(chart), rows, panels(rows, "workload", "form"))
     x = alt.X("efficiency:Q", scale=alt.Scale(zero=True), title="efficiency, %")
     y = alt.Y("form:N", sort=None, title=None, axis=alt.Axis(grid=True))
     offset = alt.YOffset("implementation:N", sort=series.names)
@@ -61,7 +63,7 @@ def _efficiency(section: Section, series: Series) -> Chart | None:
     points = cases.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, yOffset=offset, shape=series.shape())
     chart = ideal.encode(x="efficiency:Q") + spread + points
     note += " Bars: 95 % interval."
-    return Chart("efficiency", "Efficiency", note, spec(chart.properties(height=alt.Step(9))), rows, panels(rows, "workload", "world_size"))
+    return Chart("efficiency", "Efficiency", note, spec(chart), rows, panels(rows, "workload", "world_size"), height=9, lines=("form", "implementation"))
 
 
 def _exposed(section: Section, series: Series) -> Chart | None:
@@ -80,10 +82,11 @@ def _exposed(section: Section, series: Series) -> Chart | None:
         "exposed",
         "Exposed communication",
         "Pale: the same form with nothing sent. Full: what communication adds to it, since computation does not hide it.",
-        spec((work + sent).properties(height=alt.Step(15))),
+        spec(work + sent),
         rows,
         panels(rows, "workload", "world_size"),
-        legend=True,
+        height=15,
+        lines=("bar",),
     )
 
 

@@ -19,11 +19,11 @@ THEMES = {
         "accent": "#1a5bb8",
         "good": "#12703a",
         "bad": "#b42318",
-        "slower": "#c2410c",
-        "even": "#f1f3f5",
-        "faster": "#1d4ed8",
-        "little": "#eaf1fb",
-        "much": "#1f5fc0",
+        "slower": "#f0854a",
+        "even": "#f4f5f7",
+        "faster": "#6a9ff5",
+        "little": "#f2f6fd",
+        "much": "#7db0f7",
     },
     "dark": {
         "ink": "#e6e9ee",
@@ -34,11 +34,11 @@ THEMES = {
         "accent": "#82b1ff",
         "good": "#5fd08a",
         "bad": "#ff8a80",
-        "slower": "#e2682c",
+        "slower": "#a8471a",
         "even": "#2a313a",
-        "faster": "#5b93f5",
-        "little": "#222a34",
-        "much": "#5b93f5",
+        "faster": "#2e62b5",
+        "little": "#1c232c",
+        "much": "#2e62b5",
     },
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -54,7 +54,9 @@ def config(theme: str) -> dict[str, Any]:
         "padding": 4,
         "view": {"stroke": None},
         "axis": text
-        | {"gridColor": c["line"], "domainColor": c["line"], "tickColor": c["line"], "titleFontWeight": 500, "labelLimit": 320},
+        | {"gridColor": c["line"], "domainColor": c["line"], "tickColor": c["line"], "titleFontWeight": 500, "labelLimit": 320}
+        | {"labelOverlap": "greedy", "labelSeparation": 6, "gridOpacity": 0.7},
+        "axisBand": {"labelOverlap": False},
         "legend": text | {"symbolType": "circle", "labelLimit": 320},
         "title": {"color": c["ink"], "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 8},
         "text": {"color": c["ink"]},

@@ -104,7 +104,7 @@ def winners(section: Section) -> Table:
 def _winner(rows: list[Row], spread: bool) -> Record:
     best, *others = rows
     near = leaders(rows)[1:]
-    following = f"{name(others[0])}, {100 * (others[0]['ms'] / best['ms'] - 1):.1f} % behind" if others else "–"
+    following = f"{name(others[0])} (+{100 * (others[0]['ms'] / best['ms'] - 1):.1f} %)" if others else "–"
     following = "≈ " + ", ".join(name(row) for row in near) if near else following
     who = (best["form"], str(best["world_size"])) if spread else ()
     what = (percent(best["efficiency"]),) if spread else (number(best.get("tflops")), percent(best["percent"]), versus(best))
@@ -198,9 +198,9 @@ UNKNOWN = "no result; this older file stores no reasons"
 
 
 def environment(runs: list[Run]) -> Table:
-    """What gave the numbers, a line for each run."""
-    records = [Record(tuple(str(cell(run) or "–") for _, cell in ENVIRONMENT)) for run in runs]
-    return Table(tuple(f"<{column}" for column, _ in ENVIRONMENT), records, "; ".join(differences(runs)))
+    """What gave the numbers, a column for each run."""
+    records = [Record((what, *(str(cell(run) or "–") for run in runs))) for what, cell in ENVIRONMENT]
+    return Table(("<run", *(f"<{run.name}" for run in runs)), records, "; ".join(differences(runs)))
 
 
 def differences(runs: list[Run]) -> list[str]:
@@ -238,7 +238,6 @@ def _device(run: Run) -> str:
 
 
 ENVIRONMENT: tuple[tuple[str, Callable[[Run], Any]], ...] = (
-    ("run", lambda run: run.name),
     ("date (UTC)", lambda run: run.when),
     ("device", _device),
     ("driver", lambda run: run.machine.get("driver")),
