@@ -20,6 +20,12 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
 
+MIDDLE = """element => {
+    element.scrollIntoView({block: "center"});
+    const box = element.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+}"""
+
 
 def executable() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
@@ -95,8 +101,7 @@ class Page:
 
     def click(self, selector: str, times: int = 1) -> None:
         """With the mouse, in the middle of the element."""
-        place = f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] }})"
-        x, y = self.run(f"{place}(document.querySelector({json.dumps(selector)}))")
+        x, y = self.run(f"({MIDDLE})(document.querySelector({json.dumps(selector)}))")
         for n in range(1, times + 1):
             for kind in ("mousePressed", "mouseReleased"):
                 self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=n)

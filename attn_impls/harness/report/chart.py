@@ -72,7 +72,9 @@ def base(rows: list[Row], *tips: str) -> Any:
 
     known = {tip: TIPS[tip] for tip in tips if any(row.get(TIPS[tip][0]) not in (None, "") for row in rows)}
     text = {
-        f"tip_{name}": f"isValid(datum.{name}) && datum.{name} !== '' ? " + (f"format(datum.{name}, '{form}')" if form else f"datum.{name}") + " : '–'"
+        f"tip_{name}": f"isValid(datum.{name}) && datum.{name} !== '' ? "
+        + (f"format(datum.{name}, '{form}')" if form else f"datum.{name}")
+        + " : '–'"
         for name, form in known.values()
     }
     shown = [alt.Tooltip(f"tip_{name}:N", title=tip) for tip, (name, _) in known.items()]

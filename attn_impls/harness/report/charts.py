@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 from . import spread_charts
 from .chart import CELLS, TIME, WHAT, Chart, Series, base, having, log, panels, readable, spec
@@ -115,7 +114,12 @@ def _swept(section: Section) -> list[Row]:
 def _lengths(section: Section, series: Series) -> Chart | None:
     rows = _swept(section)
     return _against_length(
-        rows, series, ("q1", "ms", "q3", "limit_ms"), f"{_clock(rows)} time, ms (log)", "time-length", "Time against sequence length"
+        rows,
+        series,
+        ("q1", "ms", "q3", "limit_ms"),
+        f"{_clock(rows)} time, ms (log)",
+        "time-length",
+        "Time against sequence length",
     )
 
 
@@ -125,16 +129,21 @@ def _rates(section: Section, series: Series) -> Chart | None:
     return _against_length(rows, series, names, "TFLOP/s (log)", "tflops-length", "TFLOP/s against sequence length")
 
 
-def _against_length(rows: list[Row], series: Series, names: tuple[str, str, str, str], y: str, key: str, title: str) -> Chart | None:
+def _against_length(
+    rows: list[Row], series: Series, names: tuple[str, str, str, str], y: str, key: str, title: str
+) -> Chart | None:
     import altair as alt
 
     if not rows:
         return None
     low, middle, high, limit = names
-    x = alt.X("length:Q", scale=log(base=2, padding=10), title="sequence length, keys (log)", axis=alt.Axis(format="d", grid=True))
+    axis = alt.Axis(format="d", values=sorted({row["length"] for row in rows}))
+    x = alt.X("length:Q", scale=log(base=2, padding=10), title="sequence length, keys (log)", axis=axis)
     scale = log(padding=10)
     cases = base(rows, *WHAT, *TIME).encode(x=x, color=series.colour())
-    band = cases.mark_area(opacity=0.25).encode(y=alt.Y(f"{low}:Q", scale=scale, title=y), y2=f"{high}:Q", tooltip=alt.value(None))
+    band = cases.mark_area(opacity=0.25).encode(
+        y=alt.Y(f"{low}:Q", scale=scale, title=y), y2=f"{high}:Q", tooltip=alt.value(None)
+    )
     line = cases.mark_line(strokeWidth=2).encode(y=f"{middle}:Q", tooltip=alt.value(None))
     points = cases.mark_point(filled=True, size=60, opacity=1).encode(y=f"{middle}:Q", shape=series.shape())
     chart = band + line + points
@@ -209,7 +218,8 @@ def _error(section: Section, series: Series) -> Chart | None:
     return Chart(
         "error",
         "Error against time",
-        "Worst row against float64, as a share of what the workload's dtype excuses: 1 (dashed) is the most that passes. Left and low is good.",
+        "Worst row against float64, as a share of what the workload's dtype excuses: 1 (dashed) is the most that passes. "
+        "Left and low is good.",
         spec(budget + points),
         rows,
     )

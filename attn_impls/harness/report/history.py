@@ -33,7 +33,18 @@ def history(section: Section, series: Series, runs: list[Run]) -> Chart | None:
     order = list(dict.fromkeys(run.name for run in runs))
     x = alt.X("run:N", sort=order, title="run, oldest first", axis=alt.Axis(labelAngle=-30))
     y = alt.Y("relative:Q", scale=log(padding=10), title="time over that of its first run (log)")
-    tips = (*WHAT, "form", "ranks", "median ms", "quartile 1, ms", "quartile 3, ms", "change since its first run", "date", "torch", "library")
+    tips = (
+        *WHAT,
+        "form",
+        "ranks",
+        "median ms",
+        "quartile 1, ms",
+        "quartile 3, ms",
+        "change since its first run",
+        "date",
+        "torch",
+        "library",
+    )
     cases = base(rows, *tips).encode(x=x, y=y, color=series.colour())
     lines = cases.mark_line(strokeWidth=1.5, opacity=0.7).encode(detail="track:N", tooltip=alt.value(None))
     spread = cases.mark_rule(strokeWidth=3, opacity=0.3).encode(y=alt.Y("low:Q"), y2="high:Q", tooltip=alt.value(None))
@@ -41,7 +52,8 @@ def history(section: Section, series: Series, runs: list[Run]) -> Chart | None:
     return Chart(
         "history",
         "History",
-        "One line a case; below 1 it became faster. Bars: first to third quartile of the run. Rounds of one run share its machine's state: "
+        "One line a case; below 1 it became faster. Bars: first to third quartile of the run. "
+        "Rounds of one run share its machine's state: "
         "a small step between two runs may be the machine.",
         spec(spread + lines + points),
         rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from . import tables
+from . import circumstances, tables
 from .load import Run
 from .tables import Table
 
@@ -17,14 +17,15 @@ def render(runs: list[Run]) -> str:
 def _lines(runs: list[Run]) -> Iterator[str]:
     for section in tables.sections(runs):
         yield f"### {escaped(section.title)}"
+        yield from (f"\n**{escaped(doubt)}**" for doubt in tables.doubts(section))
         yield from ("", *_table(tables.winners(section)), "")
         if ranking := tables.ranking(section):
             yield from _folded("Ranking", ranking)
         yield from _folded(f"All {len(section.rows)} cases", tables.cases(section))
-    missing = tables.missing(runs)
+    missing = circumstances.missing(runs)
     if missing.records:
         yield from _folded(f"Did not run: {len({record.implementation for record in missing.records})} implementations", missing)
-    yield from _folded("Environment", tables.environment(runs))
+    yield from _folded("Environment", circumstances.environment(runs))
 
 
 def _folded(title: str, table: Table) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ... import __name__ as package
 from .. import environment
-from . import tables
+from . import circumstances, tables
 from .chart import Chart, Series
 from .charts import charts
 from .load import Row, Run
@@ -37,6 +37,7 @@ def render(runs: list[Run]) -> str:
         sections=[
             {
                 "section": section,
+                "doubts": tables.doubts(section),
                 "winners": tables.winners(section),
                 "ranking": tables.ranking(section),
                 "cases": tables.cases(section),
@@ -44,8 +45,8 @@ def render(runs: list[Run]) -> str:
             }
             for section, found in zip(sections, specs, strict=True)
         ],
-        missing=tables.missing(runs),
-        environment=tables.environment(runs),
+        missing=circumstances.missing(runs),
+        environment=circumstances.environment(runs),
         workloads=list(dict.fromkeys(row["workload"] for run in runs for row in run.rows)),
         series=_series(series),
         total=sum(len(section.rows) for section in sections),

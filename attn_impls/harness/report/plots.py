@@ -39,7 +39,11 @@ def _whole(chart: Chart, where: str) -> dict[str, Any]:
         rows = chart.rows_of(panel)
         spec = _with_legends(chart.spec) if chart.legend else chart.spec
         width = max(WIDTH, chart.width) if len(chart.panels) > 1 else max(WIDTH * 1.6, chart.width)
-        panels.append(spec | {"data": {"values": rows}, "width": width, "height": chart.height_of(rows)} | ({"title": panel.title} if panel.title else {}))
+        panels.append(
+            spec
+            | {"data": {"values": rows}, "width": width, "height": chart.height_of(rows)}
+            | ({"title": panel.title} if panel.title else {})
+        )
     title = {"text": chart.title, "subtitle": where, "fontSize": 16}
     return {"$schema": chart.spec["$schema"], "title": title, "columns": 2, "concat": [_named_once(panel) for panel in panels]}
 

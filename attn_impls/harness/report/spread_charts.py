@@ -7,7 +7,20 @@ from collections.abc import Callable
 from .chart import CELLS, WHAT, Chart, Series, base, having, panels, readable, spec
 from .tables import Section
 
-TIPS = (*WHAT, "form", "ranks", "median ms", "quartile 1, ms", "quartile 3, ms", "rounds", "speed-up", "efficiency %", "% of bound", "exposed ms", "run")
+TIPS = (
+    *WHAT,
+    "form",
+    "ranks",
+    "median ms",
+    "quartile 1, ms",
+    "quartile 3, ms",
+    "rounds",
+    "speed-up",
+    "efficiency %",
+    "% of bound",
+    "exposed ms",
+    "run",
+)
 
 
 def _matrix(section: Section, series: Series) -> Chart | None:
@@ -23,12 +36,13 @@ def _matrix(section: Section, series: Series) -> Chart | None:
     chart = cells.mark_rect().encode(color=alt.Color("efficiency:Q", scale=scale, legend=None))
     if len(names) <= CELLS:
         for field, form, dy in (("ms", ".3~g", -7), ("efficiency", ".0f", 7)):
-            text = cells.transform_calculate(text=f"format(datum.{field}, '{form}') + '{' ms' if field == 'ms' else ' %'}'")
+            text = cells.transform_calculate(text=f"format(datum.{field}, '{form}') + '{'' if field == 'ms' else ' %'}'")
             chart += text.mark_text(fontSize=11, dy=dy).encode(text="text:N", color=readable("datum.efficiency"))
     return Chart(
         "matrix",
         "Strategy matrix",
-        "Makespan (the slowest rank of each round), and efficiency below it: speed-up over the same kernel on one rank, over the ranks. "
+        "Makespan in ms (the slowest rank of each round), and efficiency below it: speed-up over the same kernel on one rank, "
+        "over the ranks. "
         "Forms do different work: core sends nothing, project also projects.",
         spec(chart),
         rows,
@@ -48,22 +62,37 @@ def _efficiency(section: Section, series: Series) -> Chart | None:
         return None
     sizes = len({row["world_size"] for row in rows}) > 1
     cases = base(rows, *TIPS).encode(color=series.colour())
-    note = "Speed-up over the same kernel with the whole problem on one rank, in the same rounds, over the ranks; 100 % (dashed) is perfect."
+    note = "Speed-up over the same kernel with the whole problem on one rank, in the same rounds, over the ranks. Dashed: 100 %."
     ideal = alt.Chart(alt.Data(values=[{"efficiency": 100}])).mark_rule(strokeDash=[5, 3])
     if sizes:
         x = alt.X("world_size:Q", scale=alt.Scale(type="log", base=2, padding=12), title="ranks (log)", axis=alt.Axis(format="d"))
         y = alt.Y("efficiency:Q", scale=alt.Scale(zero=True), title="efficiency, %")
         lines = cases.mark_line(opacity=0.7).encode(x=x, y=y, tooltip=alt.value(None))
-        chart = ideal.encode(y="efficiency:Q") + lines + cases.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, shape=series.shape())
+        chart = (
+            ideal.encode(y="efficiency:Q")
+            + lines
+            + cases.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, shape=series.shape())
+        )
         return Chart("efficiency", "Efficiency", note, spec(chart), rows, panels(rows, "workload", "form"))
     x = alt.X("efficiency:Q", scale=alt.Scale(zero=True), title="efficiency, %")
     y = alt.Y("form:N", sort=None, title=None, axis=alt.Axis(grid=True))
     offset = alt.YOffset("implementation:N", sort=series.names)
-    spread = cases.mark_rule(strokeWidth=4, opacity=0.4).encode(x=alt.X("efficiency_low:Q"), x2="efficiency_high:Q", y=y, yOffset=offset)
+    spread = cases.mark_rule(strokeWidth=4, opacity=0.4).encode(
+        x=alt.X("efficiency_low:Q"), x2="efficiency_high:Q", y=y, yOffset=offset
+    )
     points = cases.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, yOffset=offset, shape=series.shape())
     chart = ideal.encode(x="efficiency:Q") + spread + points
     note += " Bars: 95 % interval."
-    return Chart("efficiency", "Efficiency", note, spec(chart), rows, panels(rows, "workload", "world_size"), height=9, lines=("form", "implementation"))
+    return Chart(
+        "efficiency",
+        "Efficiency",
+        note,
+        spec(chart),
+        rows,
+        panels(rows, "workload", "world_size"),
+        height=9,
+        lines=("form", "implementation"),
+    )
 
 
 def _exposed(section: Section, series: Series) -> Chart | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..summary import significant
 from .load import Row, Run, newest
 
+NOISY = 0.1
 CLOSE = 0.03  # two medians of one process nearer than this are not told apart
 
 
@@ -69,6 +70,18 @@ def sections(runs: list[Run]) -> list[Section]:
     return [Section(*key, rows) for key, rows in found.items()]
 
 
+def doubts(section: Section) -> list[str]:
+    """What a reader must know before believing the section's times."""
+    found = []
+    beyond = sum((row["percent"] or 0) > 100 and "≈" not in row["flags"] for row in section.rows)
+    if beyond:
+        found.append(f"{beyond} cases beat the measured limit: the machine was busy while its ceiling was measured")
+    noisy = sum((row["q3"] - row["q1"]) > NOISY * row["ms"] for row in section.rows)
+    if noisy:
+        found.append(f"{noisy} of {len(section.rows)} cases have quartiles more than {100 * NOISY:.0f} % apart: a busy machine?")
+    return found
+
+
 def name(row: Row) -> str:
     arrow = f" → {row['chosen']}" if row["chosen"] else ""
     return row["implementation"] + arrow + (f" {row['flags']}" if row["flags"] else "")
@@ -79,7 +92,7 @@ def title(row: Row) -> str:
 
 
 def leaders(rows: list[Row]) -> list[Row]:
-    """The fastest, and the rows too near to it to be told apart, by their medians or by their rounds paired with SDPA's."""
+    """The fastest, and the rows too near to it to be told apart: by medians, by rounds paired with SDPA's, or by quartiles."""
     best = rows[0]
 
     def behind(row: Row) -> float:
@@ -97,18 +110,25 @@ def winners(section: Section) -> Table:
     records = [_winner(sorted(rows, key=lambda row: row["ms"]), section.spread) for rows in groups.values()]
     who = ("<workload", "<form", "ranks", "<fastest") if section.spread else ("<workload", "<fastest")
     what = ("time", "efficiency") if section.spread else ("time", "TFLOP/s", "% limit", "vs sdpa [95 % CI]")
-    note = f"≈: less than {100 * CLOSE:.0f} % behind, in median time or in speed-up over SDPA of the same rounds: too near to call."
+    note = (
+        f"≈: too near to call: less than {100 * CLOSE:.0f} % behind in median time or in speed-up over SDPA of the same rounds, "
+        "or the quartiles overlap."
+    )
     return Table((*who, *what, "<next"), records, note)
 
 
 def _winner(rows: list[Row], spread: bool) -> Record:
     best, *others = rows
     near = leaders(rows)[1:]
-    following = f"{name(others[0])} (+{100 * (others[0]['ms'] / best['ms'] - 1):.1f} %)" if others else "–"
+    following = f"{name(others[0])} ({_behind(others[0]['ms'] / best['ms'])})" if others else "–"
     following = "≈ " + ", ".join(name(row) for row in near) if near else following
     who = (best["form"], str(best["world_size"])) if spread else ()
     what = (percent(best["efficiency"]),) if spread else (number(best.get("tflops")), percent(best["percent"]), versus(best))
     return Record((title(best), *who, name(best), milliseconds(best["ms"]), *what, following), best["workload"])
+
+
+def _behind(times: float) -> str:
+    return f"+{100 * (times - 1):.1f} %" if times < 2 else f"{significant(times)} ×"
 
 
 def ranking(section: Section) -> Table | None:
@@ -158,99 +178,6 @@ def cases(section: Section) -> Table:
             records.append(Record(cells, row["workload"], row["implementation"], group not in seen))
             seen.add(group)
     return Table(tuple(column for column, _ in columns), records, LEGEND)
-
-
-def missing(runs: list[Run]) -> Table:
-    """Each implementation that has no result somewhere, with the reason; what is missing for one reason stands once."""
-    places: dict[tuple[str, ...], list[str]] = {}
-    for run in runs:
-        for cell in _missing(run):
-            parts = (cell["workload"], cell.get("form"), cell.get("direction") if cell.get("direction") != "forward" else "")
-            place = " ".join(filter(None, parts))
-            places.setdefault((cell["implementation"], run.device, cell["reason"]), []).append(place)
-    records = [
-        Record((implementation, reason, _places(where), device), "", implementation)
-        for (implementation, device, reason), where in sorted(places.items())
-    ]
-    return Table(("<implementation", "<reason", "<where", "<device"), records)
-
-
-def _places(where: list[str]) -> str:
-    names = list(dict.fromkeys(where))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _missing(run: Run) -> list[dict[str, str]]:
-    if run.missing is not None:
-        return run.missing
-    there = {(row["workload"], row["implementation"], row.get("form", ""), row["direction"]) for row in run.rows}
-    names = dict.fromkeys(row["implementation"] for row in run.rows)
-    cells = dict.fromkeys((row["workload"], row.get("form", ""), row["direction"]) for row in run.rows)
-    return [
-        {"workload": w, "implementation": one, "form": form, "direction": direction, "reason": UNKNOWN}
-        for w, form, direction in cells
-        for one in names
-        if (w, one, form, direction) not in there
-    ]
-
-
-UNKNOWN = "no result; this older file stores no reasons"
-
-
-def environment(runs: list[Run]) -> Table:
-    """What gave the numbers, a column for each run."""
-    records = [Record((what, *(str(cell(run) or "–") for run in runs))) for what, cell in ENVIRONMENT]
-    return Table(("<run", *(f"<{run.name}" for run in runs)), records, "; ".join(differences(runs)))
-
-
-def differences(runs: list[Run]) -> list[str]:
-    """What else differs between runs of one device: their cases stand side by side, and this may be why they differ."""
-    found = []
-    for device in dict.fromkeys(run.device for run in runs):
-        machines = [_versions(run) for run in runs if run.device == device]
-        for key in dict.fromkeys(key for machine in machines for key in machine):
-            values = list(dict.fromkeys(str(machine.get(key) or "none") for machine in machines))
-            if len(values) > 1:
-                found.append(f"{key} differs on {device}: {' / '.join(values)}")
-    return found
-
-
-def _versions(run: Run) -> dict[str, Any]:
-    libraries = run.machine.get("libraries")
-    keys = ("torch", "triton", "cuda", "cudnn", "driver")
-    return {key: run.machine.get(key) for key in keys} | (libraries if isinstance(libraries, dict) else {})
-
-
-def _libraries(run: Run) -> str:
-    libraries = run.machine.get("libraries")
-    return ", ".join(f"{k} {v}" for k, v in libraries.items()) if isinstance(libraries, dict) else ""
-
-
-def _ranks(run: Run) -> str:
-    info = run.machine
-    backend = f"{info.get('backend') or ''} {info.get('nccl') or ''}".strip()
-    return f"{info['world_size']} ({backend}); {info.get('topology') or ''}".rstrip("; ") if info.get("world_size") else ""
-
-
-def _device(run: Run) -> str:
-    count = run.machine.get("gpu_count") or 0
-    return (f"{count} × " if isinstance(count, int) and count > 1 else "") + run.device
-
-
-ENVIRONMENT: tuple[tuple[str, Callable[[Run], Any]], ...] = (
-    ("date (UTC)", lambda run: run.when),
-    ("device", _device),
-    ("driver", lambda run: run.machine.get("driver")),
-    ("CUDA", lambda run: run.machine.get("cuda")),
-    ("cuDNN", lambda run: run.machine.get("cudnn")),
-    ("torch", lambda run: run.machine.get("torch")),
-    ("triton", lambda run: run.machine.get("triton")),
-    ("libraries", _libraries),
-    ("ranks", _ranks),
-    ("Python", lambda run: run.machine.get("python_version")),
-    ("commit", lambda run: run.commit_text),
-    ("cases", lambda run: len(run.rows)),
-)
 
 
 def milliseconds(ms: float) -> str:
