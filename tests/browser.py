@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Page:
         self.resize(width, height)
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
         self("Page.navigate", url=path.resolve().as_uri())
-        self._until(lambda: self.run("document.readyState") == "complete")
+        self.wait(lambda: self.run("document.readyState") == "complete")
 
     def __enter__(self) -> Page:
         return self
@@ -117,7 +118,8 @@ class Page:
         image = self("Page.captureScreenshot", captureBeyondViewport=True, **options)
         path.write_bytes(base64.b64decode(image["data"]))
 
-    def _until(self, true: Any, seconds: float = 60) -> None:
+    def wait(self, true: Callable[[], Any], seconds: float = 60) -> None:
+        """Until it is true."""
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, "the page did not load"

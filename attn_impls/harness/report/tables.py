@@ -99,7 +99,7 @@ def leaders(rows: list[Row]) -> list[Row]:
         paired = [one["vs_sdpa"] for one in (best, row)]
         return min(row["ms"] / best["ms"], paired[0] / paired[1] if all(paired) else math.inf) - 1
 
-    return [best, *(row for row in rows[1:] if behind(row) < CLOSE)]
+    return [best, *(row for row in rows[1:] if behind(row) < CLOSE or row["q1"] <= best["q3"])]
 
 
 def winners(section: Section) -> Table:
@@ -138,7 +138,7 @@ def ranking(section: Section) -> Table | None:
         by_name.setdefault(row["implementation"], {})[row["workload"]] = row
     ranked = dict(by_name)
     while not (shared := _shared(ranked)) and len(ranked) > 1:
-        del ranked[min(ranked, key=lambda implementation: len(ranked[implementation]))]
+        del ranked[min(ranked, key=lambda one: sum(w in rows for w in ranked[one] for rows in ranked.values()))]
     if section.spread or len(ranked) < 2:
         return None
     paired = all(ranked[one][w]["vs_sdpa"] for one in ranked for w in shared)
@@ -155,8 +155,9 @@ def ranking(section: Section) -> Table | None:
         for n, one in enumerate(sorted(means, key=means.__getitem__, reverse=True), 1)
     ]
     left = [one for one in by_name if one not in ranked]
-    over = f"Geometric mean over the {len(shared)} of {total} workloads that all of these have: {', '.join(shared)}."
-    without = f" Shares none of them: {', '.join(left)}." if left else ""
+    which = f"the {len(shared)} of {total} workloads that all of these have: {', '.join(shared)}"
+    over = f"Geometric mean over {which if len(shared) < total else f'all {total} workloads'}."
+    without = f" Not ranked, since it shares too few: {', '.join(left)}." if left else ""
     measure = "vs sdpa" if paired else "vs fastest"
     return Table(("rank", "<implementation", measure, "fastest or ≈ on", "ran on"), records, over + without)
 
