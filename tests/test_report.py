@@ -95,6 +95,28 @@ def test_a_wrong_file_gets_one_clear_line(files, capsys, text, says):
     assert "a.json" in err
 
 
+def damaged(value, at=()):
+    """Copies of a document, each with one part gone or of another kind."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from damaged(value[key], (*at, key))
+        yield (*at, key)
+
+
+def test_damage_of_any_kind_never_ends_in_a_traceback(files, capsys):
+    whole = document(case(SEED, "sdpa", 2.0), not_run=[{"workload": SEED, "implementation": "x", "reason": "y"}])
+    paths = list(damaged(whole))
+    assert len(paths) > 40
+    for path in paths:
+        for replacement in (None, "x", 3, [], {"a": 1}, True, 10**400):
+            copy = json.loads(json.dumps(whole))
+            part = copy
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = replacement
+            code = main(["report", *files(copy), "--markdown"])
+            assert (code, capsys.readouterr().err.count("\n")) in ((0, 0), (2, 1)), (path, replacement)
+
+
 def test_a_wrong_wish_gets_one_clear_line(files, capsys, monkeypatch):
     path = files(ONE)[0]
     monkeypatch.setattr(command, "find_spec", lambda _: None)

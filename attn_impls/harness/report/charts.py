@@ -12,7 +12,7 @@ from .load import Row, Run
 from .tables import Section, ranking
 
 PANELS = 24  # workloads beyond which they share one frame
-DEEPEST = 3  # of the heat map's colours: 8 × slower or faster, and all beyond it, look alike
+DEEPEST = 2  # of the heat map's colours: 4 × slower or faster, and all beyond it, look alike
 
 
 def charts(section: Section, runs: list[Run], series: Series) -> list[Chart]:
@@ -46,7 +46,7 @@ def _speedup(section: Section, series: Series) -> Chart | None:
         "speed-up",
         "Speed-up over SDPA",
         "Time of SDPA's default dispatch over the implementation's, in the same rounds. Blue is faster, orange slower; "
-        "colours end at 8 ×. An empty cell did not run.",
+        "colours end at 4 ×. An empty cell did not run.",
         spec(chart),
         rows,
         height=26,

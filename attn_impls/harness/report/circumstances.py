@@ -51,6 +51,20 @@ def _missing(run: Run) -> list[dict[str, str]]:
 UNKNOWN = "no result; this older file stores no reasons"
 
 
+def headlines(runs: list[Run]) -> list[str]:
+    """The devices and the versions, each line once."""
+    found: dict[str, None] = {}
+    for run in runs:
+        info = run.machine
+        driver = [
+            f"{what} {info[key]}" for what, key in (("driver", "driver"), ("CUDA", "cuda"), ("cuDNN", "cudnn")) if info.get(key)
+        ]
+        versions = [f"{what} {info[what]}" for what in ("torch", "triton") if info.get(what)]
+        found[" · ".join([_device(run), *driver])] = None
+        found[" · ".join([*versions, *filter(None, [_libraries(run)])])] = None
+    return [line for line in found if line]
+
+
 def environment(runs: list[Run]) -> Table:
     """What gave the numbers, a column for each run."""
     cells = {what: [cell(run) for run in runs] for what, cell in ENVIRONMENT}
@@ -78,7 +92,7 @@ def _versions(run: Run) -> dict[str, Any]:
 
 def _libraries(run: Run) -> str:
     libraries = run.machine.get("libraries")
-    return ", ".join(f"{k} {v}" for k, v in libraries.items()) if isinstance(libraries, dict) else ""
+    return " · ".join(f"{k} {v}" for k, v in libraries.items()) if isinstance(libraries, dict) else ""
 
 
 def _ranks(run: Run) -> str:

@@ -54,15 +54,18 @@ def _run(path: str, name: str) -> Run:
     machine = document["machine_info"]
     device = _device(machine)
     rows = []
-    for n, benchmark in enumerate(document["benchmarks"]):
-        if isinstance(benchmark, dict) and "workload" in (benchmark.get("extra_info") or {}):
-            try:
-                rows.append(_row(benchmark) | {"run": name, "device": device})
-            except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-                lacking = f"lacks {error}" if isinstance(error, KeyError) else "is malformed"
-                raise ValueError(f"{path!r}: benchmark {n + 1} {lacking}: made by another version of this suite?") from None
-            except ValueError as error:
-                raise ValueError(f"{path!r}: benchmark {n + 1}: {error}") from None
+    for n, benchmark in enumerate(document["benchmarks"], 1):
+        info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
+        if not isinstance(info, dict) or "workload" not in info:
+            continue  # another suite's
+        try:
+            rows.append(_row(info, benchmark["stats"]) | {"run": name, "device": device})
+        except KeyError as error:
+            raise ValueError(f"{path!r}: benchmark {n} lacks {error}: made by another version of this suite?") from None
+        except (TypeError, AttributeError, ArithmeticError):
+            raise ValueError(f"{path!r}: benchmark {n} is malformed: made by another version of this suite?") from None
+        except ValueError as error:
+            raise ValueError(f"{path!r}: benchmark {n}: {error}") from None
     missing = document.get("not_run")
     if not rows:
         raise ValueError(f"{path!r} holds no result of this suite")
@@ -113,16 +116,15 @@ def _device(machine: dict[str, Any]) -> str:
 
 
 def _missing(path: str, cell: Any) -> dict[str, str]:
-    if not isinstance(cell, dict) or not {"workload", "implementation", "reason"} <= cell.keys():
+    if not isinstance(cell, dict) or not all(cell.get(key) for key in ("workload", "implementation", "reason")):
         raise ValueError(f"{path!r}: an entry of not_run lacks workload, implementation or reason")
     name = str(cell["implementation"])
     found = {key: str(cell[key]) for key in WHERE if cell.get(key)}
     return found | {"reason": " ".join(str(cell["reason"]).removeprefix(f"{name}: ").split())}
 
 
-def _row(benchmark: dict[str, Any]) -> Row:
+def _row(info: dict[str, Any], stats: dict[str, Any]) -> Row:
     """One case. Times in ms (host and device times also in µs), rates in TFLOP/s, percentages in percent."""
-    info, stats = benchmark["extra_info"], benchmark["stats"]
     w = Workload.parse(info["workload"])
 
     def number(key: str, factor: float = 1.0) -> float | None:

@@ -7,7 +7,6 @@ from importlib import resources
 from typing import Any
 
 from ... import __name__ as package
-from .. import environment
 from . import circumstances, tables
 from .chart import Chart, Series
 from .charts import charts
@@ -33,7 +32,7 @@ def render(runs: list[Run]) -> str:
     return template.render(
         title=_title(runs),
         runs=runs,
-        machines=list(dict.fromkeys(" · ".join(environment.describe(run.machine, {})) for run in runs)),
+        machines=circumstances.headlines(runs),
         sections=[
             {
                 "section": section,
