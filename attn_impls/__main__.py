@@ -33,9 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: eleven small ones")
     given = parser.parse_args(arguments)
     try:
-        code = {"journal": _journal, "show": _show, "report": report.run, "list": _list, "mutants": _mutants}[given.command](
-            given
-        )
+        commanded = {"journal": _journal, "show": _show, "report": report.run, "list": _list, "mutants": _mutants}
+        code = commanded[given.command](given)
         return code or 0
     except BrokenPipeError:  # | head
         sys.stderr.close()

@@ -250,7 +250,12 @@ def test_charts_as_files_and_none_without_data(files, tmp_path):
     charts = {name.removeprefix("nvidia-h200-forward-") for name in names}
     assert charts == {f"{c}.{end}" for c in ("speed-up", "time", "roofline-bf16", "error", "host") for end in ("svg", "png")}
     assert (tmp_path / "plots" / "nvidia-h200-forward-time.png").read_bytes().startswith(b"\x89PNG")
-    assert "fast" in (tmp_path / "plots" / "nvidia-h200-forward-time.svg").read_text()
+    times, roofline = (
+        (tmp_path / "plots" / f"nvidia-h200-forward-{chart}.svg").read_text() for chart in ("time", "roofline-bf16")
+    )
+    assert all(text in times for text in (SEED, "fast", "1.02 ms", "stroke-dasharray"))
+    assert "datasheet: 989.5 TFLOP/s, 4.8 TB/s" in roofline
+    assert "undefined" not in times + roofline
 
 
 @pytest.mark.slow

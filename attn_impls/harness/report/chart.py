@@ -10,6 +10,7 @@ from typing import Any
 from .load import Row
 from .style import PALETTE, SHAPES
 
+SLANTED = {"left": 4, "top": 4, "right": 30, "bottom": 4}  # room for the last of a heat map's slanted titles
 CELLS = 24  # columns of a heat map beyond which its cells carry no text
 
 

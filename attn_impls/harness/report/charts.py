@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from . import spread_charts
-from .chart import CELLS, TIME, WHAT, Chart, Series, base, having, log, panels, readable, spec
+from .chart import CELLS, SLANTED, TIME, WHAT, Chart, Series, base, having, log, panels, readable, spec
 from .history import history
 from .load import Row, Run
 from .tables import Section, ranking
@@ -47,7 +47,7 @@ def _speedup(section: Section, series: Series) -> Chart | None:
         "Speed-up over SDPA",
         "Time of SDPA's default dispatch over the implementation's, in the same rounds. Blue is faster, orange slower; "
         "colours end at 4 ×. An empty cell did not run.",
-        spec(chart),
+        spec(chart.properties(padding=SLANTED)),
         rows,
         height=26,
         lines=("workload",),

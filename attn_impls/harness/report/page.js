@@ -28,7 +28,7 @@
   async function draw(drawing) {
     drawing.drawn = theme();
     const spec = structuredClone(drawing.chart.spec);
-    spec.datasets = { cases: drawing.rows };
+    spec.datasets = { ...spec.datasets, cases: drawing.rows };
     const values = (line) => new Set(drawing.rows.map((row) => row[line])).size;
     spec.height = drawing.chart.lines.reduce((height, line) => height * values(line), drawing.chart.height);
     const config = structuredClone(themes[theme()]);

@@ -9,10 +9,12 @@ from typing import Any
 from . import tables
 from .chart import Chart, Series
 from .charts import charts
-from .load import Run
+from .load import Row, Run
 from .style import config
 
 WIDTH = 520  # pixels of a panel; two stand side by side
+
+WHOLE = ("$schema", "padding")  # of a whole drawing, not of its panels
 
 
 def write(runs: list[Run], folder: Path) -> list[Path]:
@@ -33,32 +35,29 @@ def write(runs: list[Run], folder: Path) -> list[Path]:
 
 
 def _whole(chart: Chart, where: str) -> dict[str, Any]:
-    """All panels of a chart in one spec, with a legend."""
+    """All panels of a chart in one spec, with their data and a legend."""
     panels = []
     for panel in chart.panels:
         rows = chart.rows_of(panel)
-        spec = _with_legends(chart.spec) if chart.legend else chart.spec
-        width = max(WIDTH, chart.width) if len(chart.panels) > 1 else max(WIDTH * 1.6, chart.width)
-        panels.append(
-            spec
-            | {"data": {"values": rows}, "width": width, "height": chart.height_of(rows)}
-            | ({"title": panel.title} if panel.title else {})
-        )
+        width = max(WIDTH if len(chart.panels) > 1 else WIDTH * 1.6, chart.width)
+        spec = _filled(chart.spec, rows, chart.legend) | {"width": width, "height": chart.height_of(rows)}
+        titled = {"title": panel.title} if panel.title else {}
+        panels.append({key: value for key, value in spec.items() if key not in WHOLE} | titled)
     title = {"text": chart.title, "subtitle": where, "fontSize": 16}
-    return {"$schema": chart.spec["$schema"], "title": title, "columns": 2, "concat": [_named_once(panel) for panel in panels]}
+    own = {"scale": {"yOffset": "independent"}}  # or a panel with fewer implementations would have the others' spacing
+    return {"$schema": chart.spec["$schema"], "title": title, "columns": 2, "concat": panels, "resolve": own}
 
 
-def _named_once(panel: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in panel.items() if key != "$schema"}
-
-
-def _with_legends(spec: Any) -> Any:
-    """The spec without its encodings' "legend": null, which the page has since its legend is its own."""
+def _filled(spec: Any, rows: list[Row], legend: bool) -> Any:
+    """The spec with rows where it says "cases", and with the legend that the page makes itself."""
     if isinstance(spec, list):
-        return [_with_legends(one) for one in spec]
-    if isinstance(spec, dict):
-        return {key: _with_legends(value) for key, value in spec.items() if not (key == "legend" and value is None)}
-    return spec
+        return [_filled(one, rows, legend) for one in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if spec == {"name": "cases"}:
+        return {"values": rows}
+    wanted = legend and spec.get("field") == "implementation"
+    return {key: _filled(value, rows, legend) for key, value in spec.items() if not (wanted and key == "legend")}
 
 
 def _slug(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .chart import CELLS, WHAT, Chart, Series, base, having, panels, readable, spec
+from .chart import CELLS, SLANTED, WHAT, Chart, Series, base, having, panels, readable, spec
 from .tables import Section
 
 TIPS = (
@@ -44,7 +44,7 @@ def _matrix(section: Section, series: Series) -> Chart | None:
         "Makespan in ms (the slowest rank of each round), and efficiency below it: speed-up over the same kernel on one rank, "
         "over the ranks. "
         "Forms do different work: core sends nothing, project also projects.",
-        spec(chart),
+        spec(chart.properties(padding=SLANTED)),
         rows,
         panels(rows, "workload", "world_size"),
         height=38,
