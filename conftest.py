@@ -104,6 +104,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     plugin.update_machine_info(config, machine_info)
 
 
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    plugin.update_json(config, output_json)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
     plugin.refuse_other_device(machine_info, compared_benchmark)

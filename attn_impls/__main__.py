@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .harness import environment, journal, matrix, mutation, summary
+from .harness.report import command as report
 from .presets import PRESETS
 from .registry import DEVICES, discover
 from .workload import DTYPES, Workload
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("-o", "--output", required=True, metavar="RUN.json")
     command = commands.add_parser("show", help="print the table of a saved run")
     command.add_argument("run", metavar="RUN.json")
+    report.add_arguments(commands.add_parser("report", help="make a report of saved runs: HTML, Markdown, charts"))
     commands.add_parser("list", help="list the presets and the implementations")
     command = commands.add_parser("mutants", help="judge deliberately broken kernels, and the implementations at hand")
     command.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: eleven small ones")
     given = parser.parse_args(arguments)
     try:
-        code = {"journal": _journal, "show": _show, "list": _list, "mutants": _mutants}[given.command](given)
+        commanded = {"journal": _journal, "show": _show, "report": report.run, "list": _list, "mutants": _mutants}
+        code = commanded[given.command](given)
         return code or 0
     except BrokenPipeError:  # | head
         sys.stderr.close()

@@ -111,6 +111,7 @@ def check_facts(document, ranks):
 
 
 FORMS = ("core", "gather", "gather-overlapped", "project", "project-scatter")
+NEITHER = (("gather-copied", "handcrafted"), ("dtensor", "handcrafted"))  # copy engines are a GPU's; DTensor knows SDPA alone
 
 
 def test_two_ranks_speak_with_one_voice(suite_copy):
@@ -130,6 +131,9 @@ def test_two_ranks_speak_with_one_voice(suite_copy):
     assert gather["extra_info"]["probe_bus_gb_per_s"] > 0
     assert "flash_attn3: runs on cuda only" in run.out
     assert "DTensor knows how to shard SDPA only" in run.out
+    reasons = {(one["form"], one["implementation"]): one["reason"] for one in document["not_run"]}
+    assert set(reasons) == {*((form, "flash_attn3") for form in (*FORMS, "gather-copied", "dtensor")), *NEITHER}
+    assert reasons["core", "flash_attn3"].startswith("flash_attn3: runs on cuda only")
 
 
 @pytest.mark.slow

@@ -187,6 +187,17 @@ def update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> 
     environment.update_machine_info(machine_info, session.device, list(selection.REGISTRY.values()))
 
 
+def update_json(config: pytest.Config, document: dict[str, Any]) -> None:
+    """Say in the JSON why cases did not run, so that a report of it can."""
+    session = session_of(config)
+    if session.ranks:
+        keys: tuple[str, ...] = ("workload", "form", "implementation")
+        reasons: dict[Any, str] = session.spreads.not_run
+    else:
+        keys, reasons = ("workload", "implementation"), session.not_run
+    document["not_run"] = [dict(zip(keys, case, strict=True)) | {"reason": reason} for case, reason in reasons.items()]
+
+
 def refuse_other_device(machine_info: dict[str, Any], compared: dict[str, Any]) -> None:
     """Raise pytest.UsageError where a comparison would be between two devices."""
     difference = environment.same_device(machine_info, compared["machine_info"])
