@@ -6,11 +6,12 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from .harness import environment, journal, matrix, mutation, summary
+from .harness import compare, environment, gate, journal, matrix, mutation, summary
 from .presets import PRESETS
 from .registry import DEVICES, discover
 from .workload import DTYPES, Workload
@@ -29,10 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: eleven small ones")
+    compare.add_arguments(commands.add_parser("compare", help="a verdict a case on two saved runs, or on several pairs of them"))
+    gate.add_arguments(commands.add_parser("gate", help="run two versions alternately: has any case become slower?"))
     given = parser.parse_args(arguments)
     try:
-        code = {"journal": _journal, "show": _show, "list": _list, "mutants": _mutants}[given.command](given)
-        return code or 0
+        return COMMANDS[given.command](given) or 0
     except BrokenPipeError:  # | head
         sys.stderr.close()
         return 0
@@ -85,6 +87,15 @@ def _mutants(given: argparse.Namespace) -> int:
     print("\n".join(lines))
     return int(not any(line.startswith("false rejections: 0 ") for line in lines) or lines[-1].startswith("SURVIVED"))
 
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "journal": _journal,
+    "show": _show,
+    "list": _list,
+    "mutants": _mutants,
+    "compare": compare.command,
+    "gate": gate.command,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
