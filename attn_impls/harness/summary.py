@@ -12,6 +12,7 @@ from ..workload import Workload
 from . import limits
 
 Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
+MARKS = (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈"), ("resumed", " ↺"))
 MIN_KERNEL_WIDTH = 14  # columns below which a kernel's name says nothing
 
 
@@ -114,9 +115,7 @@ def table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[
 def _name(benchmark: Benchmark) -> str:
     info = benchmark["extra_info"]
     chosen = info.get("chosen")
-    flags = "".join(
-        mark for key, mark in (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈")) if info.get(key)
-    )
+    flags = "".join(mark for key, mark in MARKS if info.get(key))
     return info["implementation"] + (f" → {chosen}" if chosen else "") + flags
 
 
@@ -173,6 +172,8 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
         lines.append("~ the SM clock fell below 95 % of its median in some rounds")
     if any(info.get("approximate") for info in infos):
         lines.append("≈ approximate kernel: low precision inside, by its own account")
+    if any(info.get("resumed") for info in infos):
+        lines.append("↺ measured by the run that this one resumed")
     clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
     if clocks:
         lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
