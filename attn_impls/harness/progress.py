@@ -30,7 +30,7 @@ class Progress:
     """pytest's hooks: shows the progress while a case runs."""
 
     def __init__(self, config: pytest.Config, resumed: set[str]):
-        self.writer = config.get_terminal_writer()
+        self.config = config
         self.resumed = resumed  # test ids that take no time
         self.names: dict[str, str] = {}  # test id: implementation, of the tests over cases
         self.done: set[str] = set()
@@ -61,6 +61,9 @@ class Progress:
             if nodeid not in self.resumed:
                 self.seconds.setdefault(self.names[nodeid], []).append(time.monotonic() - self.started)
 
+    def pytest_keyboard_interrupt(self) -> None:
+        _write(ERASE)
+
     def text(self, nodeid: str) -> str:
         left = self.seconds_left()
         case = nodeid.partition("[")[2].removesuffix("]")
@@ -75,8 +78,8 @@ class Progress:
         return sum(statistics.fmean(self.seconds.get(name, [every])) for name in to_come)
 
     def _show(self, nodeid: str) -> None:
-        width = self.writer.fullwidth
-        room = width - self.writer.width_of_current_line % width - 3
+        writer = self.config.get_terminal_writer()
+        room = writer.fullwidth - writer.width_of_current_line % writer.fullwidth - 3
         if nodeid in self.names and room >= LEAST_ROOM:
             text = self.text(nodeid)
             _write(f"{SAVE}{ERASE}  {text if len(text) <= room else text[: room - 1] + '…'}{RESTORE}")
