@@ -31,4 +31,9 @@ def saved_case(name, seconds=1e-3, paired=None, workload=WORKLOAD, direction="fo
 def saved_run(*cases, **machine):
     """pytest-benchmark's JSON document of a run."""
     commit = {"id": "0123456789abcdef"}
-    return {"machine_info": MACHINE | machine, "commit_info": commit, "datetime": "2026-11-25T04:00:00", "benchmarks": list(cases)}
+    return {
+        "machine_info": MACHINE | machine,
+        "commit_info": commit,
+        "datetime": "2026-11-25T04:00:00",
+        "benchmarks": list(cases),
+    }

@@ -257,7 +257,7 @@ def test_another_machine_is_2_and_one_line(compare, machine, said):
     "document",
     ["", "{", "[]", "3", "{}", saved_run(), saved_run({"extra_info": {}}), saved_run({"extra_info": {"workload": WORKLOAD}}),
      saved_run(saved_case("a", 0)), saved_run(saved_case("a", None)), saved_run(saved_case("a", 1, -1)),
-     saved_run(saved_case("a", math.nan)), saved_run(saved_case("a", "fast")), {**saved_run(saved_case("a")), "machine_info": []}],
+     saved_run(saved_case("a", math.nan)), saved_run(saved_case("a", "fast")), saved_run(saved_case("a")) | {"machine_info": []}],
 )  # fmt: skip
 def test_a_file_that_is_something_else_is_2_and_one_line(compare, document):
     code, _, out = compare([document], [saved_run(saved_case("a"))])
