@@ -26,6 +26,7 @@ arguments = sys.argv[1:]
 values = {{flag: value for flag, _, value in (argument.partition("=") for argument in arguments)}}
 thing = Path(values["--impl"]) if "--impl" in values else Path("speed.py")
 settings = {{"slow": 1.0, "sdpa": 1.0, "ceiling": 1.0, "gone": (), "torch": "2.13.0", "code": 0, "sleep": 0, "noise": 0.001}}
+settings["n"] = int(Path(values["--benchmark-json"]).stem[1:])  # which pair it is
 exec(thing.read_text(), settings)
 exec(os.environ.get("SPEED", ""), settings)
 
@@ -175,6 +176,14 @@ def test_a_machine_that_moved_is_not_told(gate):
     code, _, out = gate("slow = 1; ceiling = 1.0", "slow = 1; ceiling = 0.9")
     assert code == 2
     assert "gate: CANNOT SAY: the fixed matmul took another time on the two sides (bf16 +11.1 %)" in out
+
+
+@pytest.mark.parametrize(("slow", "code", "ending"), [(1.0, 2, "CANNOT SAY"), (1.1, 1, "FAILED")])
+def test_a_restless_machine_lets_nothing_pass(gate, slow, code, ending):
+    found, verdicts, out = gate("slow = 1", f"slow = {slow}; ceiling = [0.94, 0.6, 0.94][n - 1]")
+    assert found == code
+    assert f"gate: {ending}" in out
+    assert verdicts["same"] == "SAME"
 
 
 def test_another_torch_is_judged_by_time(gate):

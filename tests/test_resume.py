@@ -1,6 +1,7 @@
 """--resume, end to end: what a killed run had finished is in the final results once, and what may not be mixed is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -77,7 +78,7 @@ def test_finished_cases_are_not_run_again(resumed, killed):
     assert after[: len(before)] == before
     assert set(after[len(before) :]) >= {SECOND}
     assert FIRST not in after[len(before) :]
-    assert "2 passed, 4 resumed" in resumed.out
+    assert re.search(r"2 passed, .*4 resumed", resumed.out)
 
 
 def test_saved_runs_hold_them_too(resumed):
@@ -109,7 +110,7 @@ def test_a_cut_last_line_is_run_again(run_suite, folder):
     journal.write_bytes(journal.read_bytes()[:-40])
     run = run_suite(*RUN, *QUICK, "--benchmark-json=run.json", f"--resume={journal}", cwd=folder)
     assert run.code == 0, run.out + run.err
-    assert "3 passed, 3 resumed" in run.out
+    assert re.search(r"3 passed, .*3 resumed", run.out)
     assert list(run.results) == list(measured(journal)) == ALL
 
 

@@ -124,22 +124,33 @@ class _Alternation:
 
 def _report(given: argparse.Namespace, found: Comparison) -> int:
     lines = list((compare.markdown if given.markdown else compare.text)(found))
-    code = CANNOT_SAY if found.moved else found.code
+    code = CANNOT_SAY if found.moved else 0
     if given.prove:
         lines += ["", *injected.rates(found)]
-        code = CANNOT_SAY if found.moved else 0
     elif given.calibrate:
         lines += ["", *_calibration(found)]
-        code = CANNOT_SAY if found.moved else 0
     else:
-        lines.append(f"gate: {ENDINGS[code]}" + (f": {_moved(found)}" if found.moved else ""))
+        code, why = _verdict(found)
+        lines.append(f"gate: {ENDINGS[code]}{why}")
     print("\n".join(lines))
     return code
 
 
-def _moved(found: Comparison) -> str:
-    which = ", ".join(f"{dtype} {percent(found.controls[dtype].change)}" for dtype in found.moved)
-    return f"the fixed matmul took another time on the two sides ({which}), so the machine or its cuBLAS changed"
+def _verdict(found: Comparison) -> tuple[int, str]:
+    """The exit code, and what of the control explains it. A case that is proven slower fails beside a restless control too."""
+    if found.moved:
+        there = _controls(found, found.moved)
+        return CANNOT_SAY, f": the fixed matmul took another time on the two sides ({there}): the machine or its cuBLAS changed"
+    if found.code == 0 and found.restless:
+        return (
+            CANNOT_SAY,
+            f": the fixed matmul's time wanders ({_controls(found, found.restless)}): the machine is too busy to tell",
+        )
+    return found.code, ""
+
+
+def _controls(found: Comparison, dtypes: list[str]) -> str:
+    return ", ".join(f"{dtype} {percent(found.controls[dtype].change)}" for dtype in dtypes)
 
 
 def _calibration(found: Comparison) -> Iterator[str]:

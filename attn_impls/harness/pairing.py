@@ -56,6 +56,12 @@ class Comparison:
         return [dtype for dtype, evidence in self.controls.items() if evidence.verdict in CHANGED]
 
     @property
+    def restless(self) -> list[str]:
+        """The dtypes whose fixed matmul may have: its median is past the floor, and its bounds do not prove it."""
+        limit = math.log1p(self.floor)
+        return [d for d, evidence in self.controls.items() if abs(evidence.change) > limit and d not in self.moved]
+
+    @property
     def suspects(self) -> set[Key]:
         """The cases that look slower, proven or not."""
         return {row.key for row in self.rows if row.evidence and row.evidence.change > math.log1p(self.floor)}
