@@ -144,7 +144,7 @@ def _verdict(found: Comparison) -> tuple[int, str]:
     if found.code == 0 and found.restless:
         return (
             CANNOT_SAY,
-            f": the fixed matmul's time wanders ({_controls(found, found.restless)}): the machine is too busy to tell",
+            f": the fixed matmul's time wanders ({_controls(found, found.restless)}): the machine is too busy",
         )
     return found.code, ""
 
