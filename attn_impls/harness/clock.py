@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,13 @@ class Sample(NamedTuple):
     host_seconds: float  # what one enqueue costs the CPU
     sm_mhz: float  # SM clock during the spin before the call; nan on a CPU
     late: bool  # the device was idle before the call was enqueued: this measured the host
+
+
+def make_ready(call: Callable[[], Any], calls: int = 1) -> None:
+    """Do what a call needs done before it, untimed: its `ready(calls)`, where it has one (a backward pass needs a forward)."""
+    ready = getattr(call, "ready", None)
+    if ready:
+        ready(calls)
 
 
 @dataclass
@@ -99,7 +107,7 @@ class DeviceClock:
         agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
         align: Callable[[], None] | None = None,
     ):
-        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads around a spin of 0 cycles.
+        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads beside a spin's cycles.
 
         align: enqueues, behind the spin, what makes the devices of several ranks start together.
         """
@@ -124,8 +132,9 @@ class DeviceClock:
         self.driver.flush()
         self.driver.synchronize()
 
-    def prepare(self) -> None:
-        """Make the device quiet, then let it spin while the caller enqueues."""
+    def prepare(self, subject: Subject) -> None:
+        """Make the call ready and the device quiet, then let it spin while the caller enqueues."""
+        make_ready(subject.call)
         self.quiet()
         self.driver.spin(LEAD_CYCLES)
         self._before.record()
@@ -155,7 +164,7 @@ class DeviceClock:
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
-            self.prepare()
+            self.prepare(subject)
         sample = Sample(seconds, host, spun / spin_seconds * 1e-6, late)
         subject.samples.append(sample)
         self.now += seconds
@@ -186,7 +195,8 @@ class HostClock:
     def reset(self) -> None:
         pass
 
-    def prepare(self) -> None:
+    def prepare(self, subject: Subject) -> None:
+        make_ready(subject.call, subject.loops)
         if self.align:
             self.align()
 
@@ -211,13 +221,13 @@ def median_seconds(clock: Clock, call: Callable[[], Any], rounds: int, warmup: i
     """Median time of a call, for calibration and ceilings."""
     subject = Subject(call)
     for _ in range(warmup + rounds):
-        clock.prepare()
+        clock.prepare(subject)
         clock.sample(subject)
     return statistics.median(sample.seconds for sample in subject.samples[warmup:])
 
 
 class Overhead(NamedTuple):
-    """What the two events of a bracket add to the kernel between them, and what they read around an empty spin."""
+    """What the two events of a bracket add to the kernel between them, and what they read beside the cycles of a spin."""
 
     seconds: float
     empty_spin: float
@@ -228,8 +238,11 @@ def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overh
     """The bracket's own time: around an empty spin, minus that kernel's duration as the profiler gives it."""
     clock = DeviceClock(driver)
     bracket = median_seconds(clock, lambda: driver.spin(0), rounds=50, warmup=10)
+    # two spins, one four times the other, tell the cycles from what comes with them (about 1 µs more than an empty spin has)
+    short, long = (median_seconds(clock, partial(driver.spin, n * FIRST_CYCLES), rounds=25, warmup=5) for n in (1, 4))
+    beside = short - (long - short) / 3
     kernel = spin_seconds()
     if kernel is None:
         empty = median_seconds(clock, lambda: None, rounds=50)
-        return Overhead(empty, bracket, "empty bracket: the profiler gave no kernel times")
-    return Overhead(max(0.0, bracket - kernel), bracket, "bracket around an empty spin, minus that kernel in CUPTI")
+        return Overhead(empty, beside, "empty bracket: the profiler gave no kernel times")
+    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI")

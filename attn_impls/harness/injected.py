@@ -32,6 +32,8 @@ def register(names: list[str], slowed: bool) -> None:
                 dist=original.dists,
                 layout=original.layout,
                 devices=original.devices,
+                backward=original.backward,
+                approximate=original.approximate,
                 install=original.install,
             )(_builder(original, share if slowed else 0))
 

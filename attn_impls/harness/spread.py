@@ -54,7 +54,7 @@ class Spreads:
         self.session = session
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
         self.not_run: dict[tuple[str, str, str], str] = {}  # (workload id, form, implementation): why
-        self._answers: tuple[Problem | None, dict[str, tuple[Reference, Reference]]] = (None, {})
+        self._answers: tuple[Problem | None, dict[tuple[str, bool | str], tuple[Reference, Reference]]] = (None, {})
         self._same_inputs: set[Workload] = set()
         self._alone_missing = ""  # why one rank cannot do the whole problem of the case at hand
         self._probe: makespan.Probe | None = None
@@ -102,7 +102,7 @@ class Spreads:
 
     def verdict(self, case: Case, form: Form, plan: Plan, problem: Problem, whole: Kernel | None) -> SpreadVerdict:
         """Run the plan twice on each of two inputs and compare every rank's result with the unsharded answer."""
-        answers = self.ranks.guarded("the answer", lambda: self._answer(form, plan, problem))
+        answers = self.ranks.guarded("the answer", lambda: self._answer(case, form, plan, problem))
         errors: list[float] = []
         for inputs, known in zip((problem.needles, problem.plain), answers, strict=True):
             share = self.ranks.guarded("sharing", partial(plan.share, inputs))
@@ -199,16 +199,16 @@ class Spreads:
             raise CaseFailed("the ranks generated different inputs from one seed: give them devices of one kind")
         self._same_inputs.add(problem.workload)
 
-    def _answer(self, form: Form, plan: Plan, problem: Problem) -> tuple[Reference, Reference]:
-        """What this rank must return for the needles and the plain inputs; the same for every implementation of a form."""
+    def _answer(self, case: Case, form: Form, plan: Plan, problem: Problem) -> tuple[Reference, Reference]:
+        """What this rank must return for the needles and the plain inputs; the same for a form's implementations of a class."""
         if self._answers[0] is not problem:
             self._answers = (problem, {})
-        known = self._answers[1]
-        if form.name not in known:
-            inputs = problem.needles, problem.plain
-            one, two = (plan.answer(reference, given) for reference, given in zip(problem.references, inputs, strict=True))
-            known[form.name] = one, two
-        return known[form.name]
+        known, key = self._answers[1], (form.name, case.implementation.approximate)
+        if key not in known:
+            inputs, whole = (problem.needles, problem.plain), problem.known(case.implementation.approximate)
+            one, two = (plan.answer(reference, given) for reference, given in zip(whole, inputs, strict=True))
+            known[key] = one, two
+        return known[key]
 
     def _whole_kernel(self, case: Case, problem: Problem) -> Kernel | None:
         """The same implementation's kernel for the whole problem; None where one rank cannot do it alone."""
@@ -230,7 +230,8 @@ class Spreads:
 
         def alone() -> float:
             errors = []
-            for inputs, known in zip((problem.needles, problem.plain), problem.references, strict=True):
+            judged = problem.known(case.implementation.approximate)
+            for inputs, known in zip((problem.needles, problem.plain), judged, strict=True):
                 out = call(case, whole, inputs.as_layout(layout))
                 errors.append(known.over_budget(out if layout == "bhsd" else out.transpose(1, 2)))
             return max(errors)

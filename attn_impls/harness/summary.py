@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..workload import Workload
 from . import limits
+from .case import group
 
 Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
 MARKS = (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈"), ("resumed", " ↺"))
@@ -33,11 +34,12 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
     lines = [Line(text) for text in machine]
     groups: dict[str, list[Benchmark]] = {}
     for benchmark in benchmarks:
-        groups.setdefault(benchmark["extra_info"]["workload"], []).append(benchmark)
+        info = benchmark["extra_info"]
+        groups.setdefault(group(info["workload"], info.get("direction", "forward")), []).append(benchmark)
     missing, everywhere = _split(not_run, groups)
-    for workload in dict.fromkeys([*groups, *missing]):
+    for name in dict.fromkeys([*groups, *missing]):
         lines.append(Line(""))
-        lines += _group(workload, groups.get(workload, []), missing.get(workload, {}), width)
+        lines += _group(name, groups.get(name, []), missing.get(name, {}), width)
     if everywhere:
         lines += [Line(""), Line("did not run at all", {"bold": True})]
         lines += _reasons(everywhere)
@@ -49,8 +51,8 @@ def wrapped(text: str, width: int) -> list[str]:
     return [text] if len(text) <= width else textwrap.wrap(text, width, subsequent_indent="    ")
 
 
-def _group(workload: str, benchmarks: list[Benchmark], missing: dict[str, str], width: int) -> Iterable[Line]:
-    yield Line(workload + (f"   {_problem(benchmarks[0]['extra_info'])}" if benchmarks else ""), {"bold": True})
+def _group(name: str, benchmarks: list[Benchmark], missing: dict[str, str], width: int) -> Iterable[Line]:
+    yield Line(name + (f"   {_problem(benchmarks[0]['extra_info'])}" if benchmarks else ""), {"bold": True})
     if benchmarks:
         rows = sorted(benchmarks, key=lambda b: b["stats"]["median"])
         yield from table(rows, _columns(rows), width)
@@ -61,7 +63,8 @@ def _problem(info: dict[str, Any]) -> str:
     w = Workload.parse(info["workload"])
     mask = "full" if not w.causal else f"causal, window {w.window}" if w.window else "causal"
     label = f"{info['label']} · " if info.get("label") else ""
-    return f"{label}{mask} · {_quantity(w.flops(), 'FLOP')} · {limits.describe(w, info)}"
+    flops = _quantity(w.flops(info.get("direction", "forward")), "FLOP")
+    return f"{label}{mask} · {flops} · {limits.describe(w, info)}"
 
 
 def _columns(rows: list[Benchmark]) -> list[Column]:
@@ -171,7 +174,9 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
     if any(info.get("sm_clock_unsteady") for info in infos):
         lines.append("~ the SM clock fell below 95 % of its median in some rounds")
     if any(info.get("approximate") for info in infos):
-        lines.append("≈ approximate kernel: low precision inside, by its own account")
+        classes = sorted({info["approximate"] for info in infos if isinstance(info.get("approximate"), str)})
+        named = f" ({', '.join(classes)})" if classes else ""
+        lines.append(f"≈ approximate kernel{named}, by its own account: its error is a share of what that arithmetic excuses")
     if any(info.get("resumed") for info in infos):
         lines.append("↺ measured by the run that this one resumed")
     clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
