@@ -25,7 +25,8 @@ from fakes import saved_case, saved_run
 arguments = sys.argv[1:]
 values = {{flag: value for flag, _, value in (argument.partition("=") for argument in arguments)}}
 thing = Path(values["--impl"]) if "--impl" in values else Path("speed.py")
-settings = {{"slow": 1.0, "sdpa": 1.0, "ceiling": 1.0, "gone": (), "torch": "2.13.0", "code": 0, "sleep": 0, "noise": 0.001}}
+settings = {{"slow": 1.0, "sdpa": 1.0, "ceiling": 1.0, "noise": 0.001, "gone": (), "code": 0, "sleep": 0}}
+settings |= {{"torch": "2.13.0", "threads": 1}}
 settings["n"] = int(Path(values["--benchmark-json"]).stem[1:])  # which pair it is
 exec(thing.read_text(), settings)
 exec(os.environ.get("SPEED", ""), settings)
@@ -43,7 +44,8 @@ for case in cases:
 gone = [*settings["gone"], *(case["extra_info"]["implementation"] for case in cases if case["fullname"] in arguments)]
 kept = [case for case in cases if case["extra_info"]["implementation"] not in gone]
 if settings["code"] != 3:
-    Path(values["--benchmark-json"]).write_text(json.dumps(saved_run(*kept, torch=settings["torch"])))
+    document = saved_run(*kept, torch=settings["torch"], threads=settings["threads"])
+    Path(values["--benchmark-json"]).write_text(json.dumps(document))
 sys.exit(settings["code"])
 """
 
@@ -212,6 +214,13 @@ def test_a_side_that_loses_a_case_is_2_with_its_last_lines(gate, log):
     found, _, out = gate("slow = 1", "slow = 1; gone = ('same',)")
     assert found == 2
     assert "lost 1 of 3 cases (b1-h2-s128-d64-bf16 same); its last lines:\n    some output" in out
+    assert len(log()) == 2
+
+
+def test_sides_that_cannot_be_compared_are_found_at_once(gate, log):
+    code, _, out = gate("slow = 1", "slow = 1; threads = 8")
+    assert code == 2
+    assert "1 and 8 torch threads" in out
     assert len(log()) == 2
 
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from . import compare, injected, sides
+from . import compare, injected, saved, sides
 from .evidence import MIN_PAIRS, MIN_SPREAD, REGRESSED
 from .pairing import Comparison, percent
 from .pairing import compare as judged
-from .saved import Run
+from .saved import Key, Run
 from .sides import Side, SideFailed
 
 PAIRS = 5
@@ -99,12 +99,14 @@ class _Alternation:
         self.done: tuple[list[Run], list[Run]] = ([], [])
         self.seconds: list[float] = []
 
-    def pair(self, arguments: list[str], owed: set | None = None) -> None:
+    def pair(self, arguments: list[str], owed: set[Key] | None = None) -> None:
         number = len(self.done[0])
         for n in (0, 1) if number % 2 == 0 else (1, 0):
             self._run(n, number, arguments, owed)
+        if difference := saved.incomparable(self.done[0][-1], self.done[1][-1]):
+            raise ValueError(difference)
 
-    def _run(self, n: int, number: int, arguments: list[str], owed: set | None) -> None:
+    def _run(self, n: int, number: int, arguments: list[str], owed: set[Key] | None) -> None:
         side, output = self.sides[n], self.folder / f"{'AB'[n]}{number + 1}.json"
         started = time.monotonic()
         run = side.run(arguments, output)
