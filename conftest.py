@@ -75,6 +75,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return plugin.report_header(config)
 
 
+def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
+    return plugin.report_status(report, config)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     with plugin.watched(item):

@@ -6,11 +6,12 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from .harness import environment, journal, matrix, mutation, summary
+from .harness import compare, environment, gate, journal, matrix, mutation, summary
 from .harness.report import command as report
 from .presets import PRESETS
 from .registry import DEVICES, discover
@@ -31,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: eleven small ones")
+    compare.add_arguments(commands.add_parser("compare", help="a verdict a case on two saved runs, or on several pairs of them"))
+    gate.add_arguments(commands.add_parser("gate", help="run two versions alternately: has any case become slower?"))
     given = parser.parse_args(arguments)
     try:
-        commanded = {"journal": _journal, "show": _show, "report": report.run, "list": _list, "mutants": _mutants}
-        code = commanded[given.command](given)
-        return code or 0
+        return COMMANDS[given.command](given) or 0
     except BrokenPipeError:  # | head
         sys.stderr.close()
         return 0
@@ -92,6 +93,16 @@ def _mutants(given: argparse.Namespace) -> int:
         fit &= any(line.startswith("false rejections: 0 ") for line in lines) and not lines[-1].startswith("SURVIVED")
     return int(not fit)
 
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "journal": _journal,
+    "show": _show,
+    "list": _list,
+    "mutants": _mutants,
+    "compare": compare.command,
+    "gate": gate.command,
+    "report": report.run,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

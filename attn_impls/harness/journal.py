@@ -1,6 +1,7 @@
 """Results that survive: each finished case is appended and flushed at once, and a journal becomes pytest-benchmark JSON.
 
-A journal is JSON lines: first {"header": everything of the JSON but the benchmarks}, then one benchmark a line.
+A journal is JSON lines: first {"header": everything of the JSON but the benchmarks, "options": …, "sources": …}, which
+--resume looks at, then one benchmark a line.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ KEEP = 20  # journals in the folder
 class Journal:
     """One run's journal. The file is created with the first finished case."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, conditions: dict[str, Any] | None = None):
+        """conditions: what else the numbers depend on; written beside the header."""
+        self.folder, self.conditions = folder, conditions or {}
         self.path: Path | None = None
         self.finished = 0
 
@@ -32,12 +34,20 @@ class Journal:
             for old in sorted(self.folder.glob("*.jsonl"))[: -KEEP + 1]:
                 old.unlink(missing_ok=True)
             self.path = self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}.jsonl"
-            lines.insert(0, {"header": header})
+            lines.insert(0, {"header": header, **self.conditions})
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         self.finished += 1
+
+    def go_on(self, path: Path) -> None:
+        """Append to the journal of an earlier run, without the line that a kill may have cut."""
+        kept = path.read_bytes()
+        kept = kept if kept.endswith(b"\n") else kept[: kept.rfind(b"\n") + 1]
+        with path.open("r+b") as file:
+            file.truncate(len(kept))
+        self.path, self.finished = path, kept.count(b"\n") - 1
 
     def keep(self, wanted: str | None, say: Callable[[str], None]) -> None:
         """Where the run ends without pytest's own ending: make the JSON file that was wanted, or say how to make one."""
@@ -71,6 +81,12 @@ def read(path: str | Path) -> dict[str, Any]:
     if not all(isinstance(record, dict) and "stats" in record for record in records[1:]):
         raise ValueError(f"{str(path)!r} is not a journal of this suite: a line is not a benchmark")
     return {**header, "benchmarks": records[1:]}
+
+
+def conditions(path: str | Path) -> dict[str, Any]:
+    """What was written beside the header of a journal that `read` has accepted."""
+    with Path(path).open(encoding="utf-8") as file:
+        return {name: value for name, value in json.loads(file.readline()).items() if name != "header"}
 
 
 def write_json(path: str | Path, document: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 GROUP = "attention"
+NEWEST = "newest"
 
 
 class Option(NamedTuple):
@@ -115,6 +116,13 @@ def add_options(parser: pytest.Parser) -> None:
             parser.addini(option.name, option.help, type="args", default=[])
         else:
             parser.addini(option.name, option.help, type="string", default=None)
+    group.addoption(  # no ini key: it is about one run
+        "--resume",
+        metavar="JOURNAL",
+        nargs="?",
+        const=NEWEST,
+        help="go on from the journal of a run that was killed, with the options it had (default: the newest)",
+    )
 
 
 def read_options(config: pytest.Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import environment, matrix, options, rank_start, selection, summary, workers
+from . import environment, matrix, options, progress, rank_start, resume, selection, summary, workers
 from .case import group
 from .ranks import launched_by
 from .session import Session
@@ -28,6 +28,10 @@ def configure(config: pytest.Config) -> None:
     selected = rank_start.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
     session = Session(config, selected, ranks)
     config.stash[SESSION] = session
+    session.resumed = rank_start.agreed(ranks, lambda: resume.find(config, session))
+    if progress.wanted(config):
+        known = set(session.resumed.cases) if session.resumed else set()
+        config.pluginmanager.register(progress.Progress(config, known), "attention-progress")
     alone = not float(config.getini("faulthandler_timeout") or 0)
     config.stash[WATCHDOG] = Watchdog(selected.case_timeout, lambda case: _on_hang(config, case), backstop=alone)
     rank_start.connect(config, session)
@@ -77,7 +81,7 @@ class _Timer:
         self.__name__ = "device_clock" if session.device == "cuda" else "host_clock"
 
     def __call__(self) -> float:
-        return self.session.clock()
+        return self.session.read_timer()
 
 
 def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
@@ -118,7 +122,17 @@ def report_header(config: pytest.Config) -> list[str]:
     lines = [f"attention: {device}, torch {torch.__version__}, seed {selected.seed}"]
     if selected.cpu_rule:
         lines.append(f"CPU-sized presets: {selected.cpu_rule}")
+    if resumed := session_of(config).resumed:
+        lines.append(resumed.describe())
     return lines
+
+
+def report_status(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
+    """Call a case that an earlier run has finished "resumed", and not "passed"."""
+    resumed = session_of(config).resumed
+    if resumed and report.when == "call" and report.passed and report.nodeid in resumed.taken:
+        return "resumed", "r", "RESUMED"
+    return None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from . import limits
 from .case import group
 
 Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
+MARKS = (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈"), ("resumed", " ↺"))
 MIN_KERNEL_WIDTH = 14  # columns below which a kernel's name says nothing
 
 
@@ -117,9 +118,7 @@ def table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[
 def _name(benchmark: Benchmark) -> str:
     info = benchmark["extra_info"]
     chosen = info.get("chosen")
-    flags = "".join(
-        mark for key, mark in (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈")) if info.get(key)
-    )
+    flags = "".join(mark for key, mark in MARKS if info.get(key))
     return info["implementation"] + (f" → {chosen}" if chosen else "") + flags
 
 
@@ -178,6 +177,8 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
         classes = sorted({info["approximate"] for info in infos if isinstance(info.get("approximate"), str)})
         named = f" ({', '.join(classes)})" if classes else ""
         lines.append(f"≈ approximate kernel{named}, by its own account: its error is a share of what that arithmetic excuses")
+    if any(info.get("resumed") for info in infos):
+        lines.append("↺ measured by the run that this one resumed")
     clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
     if clocks:
         lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
