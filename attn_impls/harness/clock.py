@@ -38,6 +38,11 @@ class Subject:
     loops: int = 1
     samples: list[Sample] = field(default_factory=list)
 
+    def renew(self) -> None:
+        """Make what the next round's calls use up, where they use something up (the forward passes of backward ones)."""
+        if renew := getattr(self.call, "renew", None):
+            renew(self.loops)
+
 
 class Event(Protocol):
     def record(self) -> None: ...
@@ -155,6 +160,7 @@ class DeviceClock:
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
+            subject.renew()
             self.prepare()
         sample = Sample(seconds, host, spun / spin_seconds * 1e-6, late)
         subject.samples.append(sample)

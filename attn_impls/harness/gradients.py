@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from ..parallel.plan import only_heads
 from ..registry import Unsupported
 from ..workload import Workload
 from .inputs import Inputs
-from .oracle import PLAIN, TOLERANCE, Reference, attend
+from .oracle import PLAIN, TOLERANCE, Reference, attend, only_heads
 
 BACKWARD_TOLERANCE = 2 * TOLERANCE  # a backward pass recomputes the forward's products and multiplies again: five for two
 MAX_HEAD_PAIRS = 2**30  # (query, key) pairs of one KV head, whose scores autograd keeps in float64
@@ -22,9 +21,10 @@ def upstream(w: Workload, device: str, seed: int) -> torch.Tensor:
     return torch.randn(w.shapes()["out"], generator=generator, device=device).to(w.dtype)
 
 
-def reference(w: Workload, inputs: Inputs, dout: torch.Tensor) -> dict[str, Reference]:
+def reference(w: Workload, inputs: Inputs, dout: torch.Tensor, rounded: torch.Tensor | None = None) -> dict[str, Reference]:
     """The right dq, dk and dv, each [B, heads, S, D], with the error that autograd in the workload's dtype makes.
 
+    rounded: what plain arithmetic makes of dout, where dout is itself an exact result.
     Raises Unsupported where the exact answer would not fit.
     """
     if w.blind_rows:
@@ -32,9 +32,9 @@ def reference(w: Workload, inputs: Inputs, dout: torch.Tensor) -> dict[str, Refe
     if w.group * w.q_len * w.kv_len > MAX_HEAD_PAIRS:
         raise Unsupported(f"gradients are checked up to {MAX_HEAD_PAIRS} (query, key) pairs of a KV head")
     exact = _gradients(w, inputs, dout, torch.float64, "scores")
-    plain = [_gradients(w, inputs, dout, w.dtype, scaled) for scaled in PLAIN]
+    plain = [_gradients(w, inputs, dout if rounded is None else rounded, w.dtype, scaled) for scaled in PLAIN]
     first_order = _first_order(w, inputs, dout)
-    return {name: _judged(w, exact[n], [one[n] for one in plain], first_order[n]) for n, name in enumerate("qkv")}
+    return {name: judged(w, exact[n], [one[n] for one in plain], first_order[n]) for n, name in enumerate("qkv")}
 
 
 def _first_order(w: Workload, inputs: Inputs, dout: torch.Tensor) -> list[torch.Tensor]:
@@ -82,7 +82,7 @@ def _gradients(w: Workload, inputs: Inputs, dout: torch.Tensor, dtype: torch.dty
     return found
 
 
-def _judged(w: Workload, exact: torch.Tensor, plain: list[torch.Tensor], first_order: torch.Tensor) -> Reference:
+def judged(w: Workload, exact: torch.Tensor, plain: list[torch.Tensor], first_order: torch.Tensor) -> Reference:
     """The budget is BACKWARD_TOLERANCE times a row's plain errors, their RMS over rows, its first-order error, or one roundoff.
 
     The scale of a row is at least the rows' RMS: rows that hardly any query sees have gradients near zero.

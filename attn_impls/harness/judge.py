@@ -103,7 +103,7 @@ class Problem:
             known, copy = self.references[n], original.as_layout(case.implementation.layout)
             outs = []
             for _ in range(2):
-                self._poison()
+                poison(self.workload, self.device)
                 out = call(case, kernel, copy)
                 outs.append(out.transpose(1, 2) if case.implementation.layout == "bshd" else out)
                 outs[-1] = outs[-1].clone()  # a kernel may hand out the same buffer again
@@ -120,12 +120,13 @@ class Problem:
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 
-    def _poison(self) -> None:
-        """Leave NaN in the memory that the allocator will hand out next: a kernel that writes nothing must not look right."""
-        shape, dtype = self.workload.shapes()["out"], self.workload.dtype
-        blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * dtype.itemsize)))  # free lists hold many small ones
-        for _ in [torch.full(shape, float("nan"), dtype=dtype, device=self.device) for _ in range(blocks)]:
-            pass
+
+def poison(w: Workload, device: str) -> None:
+    """Leave NaN in the memory that the allocator will hand out next: what writes nothing must not look right."""
+    shape = w.shapes()["out"]
+    blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * w.dtype.itemsize)))  # free lists hold many small ones
+    for _ in [torch.full(shape, float("nan"), dtype=w.dtype, device=device) for _ in range(blocks)]:
+        pass
 
 
 def _complaint(out: torch.Tensor, original: Inputs, copy: Inputs, layout: str) -> str:

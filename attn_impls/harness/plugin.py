@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import environment, matrix, options, rank_start, selection, summary, workers
+from . import directions, environment, matrix, options, rank_start, selection, summary, workers
 from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
@@ -80,6 +80,8 @@ class _Timer:
 
 
 def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
+    if directions.left_out(item, session_of(config).selection):
+        return True
     # under --benchmark-only, pytest-benchmark would report each of the others as skipped
     return config.getoption("benchmark_only", False) and "benchmark" not in getattr(item, "fixturenames", ())
 

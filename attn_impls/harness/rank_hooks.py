@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from . import topology
+from .directions import timed_direction
 from .ranks import Outcome, Ranks, blamed
 from .session import Session
 from .termination import Termination
@@ -88,11 +89,12 @@ class RankHooks:
     def _note(self, item: pytest.Item, report: Any) -> None:
         """Remember why a cell of the matrix is empty."""
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if report.passed or not {"workload", "form", "implementation"} <= params.keys():
+        direction = timed_direction(item)
+        if report.passed or not direction or not {"workload", "form", "implementation"} <= params.keys():
             return
         first = str(report.longrepr).strip().splitlines()[0]
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {first}"
-        cell = str(params["workload"]), params["form"].name, params["implementation"].name
+        cell = str(params["workload"]), direction, params["form"].name, params["implementation"].name
         self.session.spreads.not_run.setdefault(cell, reason)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ import pytest
 import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
-from ..workload import DTYPE_NAMES
 from . import environment, limits, makespan, measure, probes, profile
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
+from .identity import identity
 from .journal import Journal
 from .judge import Problem, Verdict
 from .ranks import Ranks
@@ -110,23 +109,24 @@ class Session:
     def verdict(self, case: Case, problem: Problem) -> Verdict:
         """The case's verdict, computed once a session. Skips or fails the test if there can be none."""
         if case not in self._checked:
-            with self._outcome(case):
+            with self.outcome(case):
                 self._prepare(case, problem)
         return self._checked[case][0]
 
     def measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
         """Check, then time the case, and record everything about it. Skips or fails the test if it cannot be timed."""
-        with self._outcome(case):
+        with self.outcome(case):
             self._measure(case, problem, benchmark)
 
     @contextlib.contextmanager
-    def _outcome(self, case: Case) -> Iterator[None]:
+    def outcome(self, case: Case) -> Iterator[None]:
         """Turn what a case raises into pytest's outcome, and free its memory."""
+        failure, skipped = None, None
         try:
             yield
-            failure = None
         except Unsupported as error:
-            raise pytest.skip.Exception(f"{case.implementation.name}: {error}") from None
+            skipped = error
+            traceback.clear_frames(error.__traceback__)
         except CaseFailed as error:
             failure = error
             traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
@@ -135,6 +135,8 @@ class Session:
             self.broken[case.implementation.name] = str(failure).splitlines()[0]
         if isinstance(failure, DeviceLost):
             self.lost = str(failure).splitlines()[0]
+        if skipped:
+            raise pytest.skip.Exception(f"{case.implementation.name}: {skipped}") from None
         if failure:
             raise pytest.fail.Exception(str(failure), pytrace=False) from None
 
@@ -194,12 +196,12 @@ class Session:
         with guard(sdpa, "builder"), torch.device(self.device):
             return partial(sdpa.implementation(case.workload), *problem.plain)
 
-    def reject_impossible(self, case: Case, seconds: float, gpus: int = 1) -> None:
+    def reject_impossible(self, case: Case, seconds: float, gpus: int = 1, direction: str = "forward") -> None:
         """Raise CaseFailed for a time in which this many GPUs could not have done the work."""
         if self.device != "cuda":
             return
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        bound = limits.physical_bound(case.workload, "forward", self.datasheet, sms, environment.max_sm_mhz()) / gpus
+        bound = limits.physical_bound(case.workload, direction, self.datasheet, sms, environment.max_sm_mhz()) / gpus
         if seconds < bound:
             raise CaseFailed(
                 f"{case.implementation.name} took {seconds * 1e6:.2f} µs, and physics needs {bound * 1e6:.2f} µs: "
@@ -208,26 +210,10 @@ class Session:
 
     def _describe(self, case: Case, seconds: float, verdict: Verdict) -> dict[str, Any]:
         """The flat extra_info that does not come from the samples."""
-        w, implementation = case.workload, case.implementation
+        w = case.workload
         ceiling, gpu = self.ceiling(w.dtype), self.datasheet
         limit = limits.roofline(w, "forward", gpu, ceiling)
-        fields = {name: getattr(w, name) for name in w.__dataclass_fields__}
-        return {
-            "implementation": implementation.name,
-            "library": implementation.dist or "torch",
-            "library_version": implementation.version,
-            "approximate": implementation.approximate,
-            "layout": implementation.layout,
-            "workload": str(w),
-            **fields,
-            "dtype": DTYPE_NAMES[w.dtype],
-            "label": self.selection.labels.get(w, ""),
-            "direction": "forward",
-            "device": self.machine_info["gpu"] or "cpu",
-            "flops": w.flops(),
-            "bytes": w.bytes(),
-            "tflops": w.flops() / seconds / 1e12,
-            "tb_per_s": w.bytes() / seconds / 1e12,
+        return identity(case, self.selection, "forward", seconds) | {
             "limit_s": limit.seconds,
             "limit_bound": limit.bound,
             "limit_source": limit.source,
@@ -240,8 +226,6 @@ class Session:
             "rms_over_budget": verdict.rms_over_budget,
             "sdpa_over_budget": verdict.sdpa_over_budget,
             "bitwise_repeatable": verdict.bitwise_repeatable,
-            "seed": self.selection.seed,
-            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 
