@@ -55,9 +55,9 @@ def spreads(suite: Session) -> Spreads:
 
 
 @pytest.fixture
-def case(suite: Session, workload: Workload, implementation: Implementation) -> Case:
-    """One implementation on one workload; skipped with the reason where the implementation cannot be tried."""
-    found = Case(workload, implementation, suite.device)
+def case(request: pytest.FixtureRequest, suite: Session, workload: Workload, implementation: Implementation) -> Case:
+    """One implementation on one workload, in the direction that the test is marked with; skipped where it cannot be tried."""
+    found = Case(workload, implementation, suite.device, plugin.direction_of(request.node))
     suite.admit(found)
     return found
 

@@ -12,6 +12,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DIRECTIONS = ("forward", "backward", "forward+backward")  # "backward" is the gradients alone
 
 _ID = re.compile(
     r"b(?P<batch>\d+)-h(?P<heads>\d+)(kv(?P<kv_heads>\d+))?"
@@ -153,14 +154,21 @@ class Workload:
         """FLOPs over the unmasked pairs, 2 per multiply-add, softmax not counted.
 
         Backward counts five products (recomputed scores, dV, dP, dQ, dK), as FlashAttention's benchmarks do:
-        2.5 × forward where head_dim = v_head_dim.
+        2.5 × forward where head_dim = v_head_dim. "forward+backward" is the sum of the two.
         """
+        if direction == "forward+backward":
+            return self.flops("forward") + self.flops("backward")
         qk, pv = self.head_dim, self.v_head_dim
         per_pair = {"forward": qk + pv, "backward": 3 * qk + 2 * pv}[direction]
         return 2 * self.batch * self.heads * self.pairs * per_pair
 
     def bytes(self, direction: str = "forward") -> int:
-        """The fewest bytes through device memory: each input that is seen read once, each output written once."""
+        """The fewest bytes through device memory: each input that is seen read once, each output written once.
+
+        "forward+backward" is the sum of the two passes.
+        """
+        if direction == "forward+backward":
+            return self.bytes("forward") + self.bytes("backward")
         q = self.batch * self.heads * self.q_len * self.head_dim
         out = self.batch * self.heads * self.q_len * self.v_head_dim
         k = self.batch * self.kv_heads * self.seen_keys * self.head_dim

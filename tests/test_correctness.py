@@ -1,4 +1,4 @@
-"""Every implementation on every workload: right by the float64 oracle, and close to torch SDPA."""
+"""Every implementation on every workload, outputs and gradients: right by the float64 oracle, and close to torch SDPA."""
 
 import pytest
 
@@ -15,3 +15,13 @@ def test_allclose_to_sdpa(case, suite, problem):
     verdict = suite.verdict(case, problem)
     if verdict.sdpa_failure:
         pytest.fail(f"{case.implementation.name} {verdict.sdpa_failure}", pytrace=False)
+
+
+@pytest.mark.direction("backward")
+def test_gradients_oracle(case, suite, problem):
+    test_oracle(case, suite, problem)
+
+
+@pytest.mark.direction("backward")
+def test_gradients_allclose_to_sdpa(case, suite, problem):
+    test_allclose_to_sdpa(case, suite, problem)

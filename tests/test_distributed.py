@@ -2,18 +2,19 @@
 
 import pytest
 
+pytestmark = pytest.mark.distributed(strategy="tensor")
 
-@pytest.mark.distributed(strategy="tensor", direction="forward")
+
 def test_tensor_parallel(case, form, problem, spreads, benchmark):
     spreads.measure(case, form, problem, benchmark)
 
 
-@pytest.mark.distributed(strategy="tensor", direction="backward")
+@pytest.mark.direction("backward")
 def test_tensor_parallel_backward(case, form, problem, spreads, benchmark):
-    spreads.measure(case, form, problem, benchmark, "backward")
+    spreads.measure(case, form, problem, benchmark)
 
 
-@pytest.mark.distributed(strategy="tensor")
+@pytest.mark.direction("backward")
 def test_tensor_parallel_gradients(case, form, problem, spreads):
     errors = spreads.gradient_errors(case, form, problem)
     assert max(errors.values()) <= 1, f"{case.implementation.name}: {errors} × the budget"

@@ -7,10 +7,11 @@ import dataclasses
 import torch
 
 from ..parallel.plan import Gradients, Holding, Plan
+from ..registry import Unsupported
 from ..workload import Workload
 from . import gradients
 from .inputs import Inputs
-from .oracle import PLAIN, TOLERANCE, Reference, attend, only_heads
+from .oracle import PLAIN, TOLERANCE, Reference, attend, budgeted, only_heads
 
 
 def held(w: Workload, reference: Reference, inputs: Inputs, holding: Holding, size: int) -> Reference:
@@ -57,20 +58,21 @@ def side_by_side(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def unsharded_gradients(w: Workload, inputs: Inputs, dout: torch.Tensor, weight: torch.Tensor | None) -> dict[str, Reference]:
-    """The right dq, dk and dv ("q", "k", "v"); behind a projection also dW ("weight") as [1, H, DV, E].
+def unsharded_gradients(
+    w: Workload, inputs: Inputs, dout: torch.Tensor, weight: torch.Tensor, kv_heads: list[int]
+) -> dict[str, Reference]:
+    """The right dq, dk and dv ("q", "k", "v") of some KV heads behind a projection, and dW ("weight") as [1, H, DV, E].
 
-    dout is then the gradient of the projected output. Raises Unsupported where the exact answer would not fit.
+    dout [B, H, Sq, DV], its heads side by side, is the gradient of the projected output.
     """
-    if weight is None:
-        return gradients.reference(w, inputs, dout)
     upstream = side_by_side(dout)  # [B, S, E]
 
     def into_heads(upstream: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [B, H, S, DV]
         return (upstream @ weight.T).unflatten(2, (w.heads, -1)).transpose(1, 2)
 
     exact = into_heads(upstream.double(), weight.double())
-    return gradients.reference(w, inputs, exact, into_heads(upstream, weight)) | {"weight": _weight_gradient(w, inputs, upstream)}
+    known = gradients.reference(w, inputs, exact, kv_heads, into_heads(upstream, weight))
+    return known | {"weight": _weight_gradient(w, inputs, upstream)}
 
 
 def _weight_gradient(w: Workload, inputs: Inputs, upstream: torch.Tensor) -> Reference:
@@ -82,18 +84,26 @@ def _weight_gradient(w: Workload, inputs: Inputs, upstream: torch.Tensor) -> Ref
     out = attend(w, inputs, None, torch.float64)
     plain = [dw(attend(w, inputs, None, w.dtype, scaled), upstream) for scaled in PLAIN]
     squares = dw(out.square(), upstream.double().square().sum(-1, keepdim=True))[..., 0]
-    first_order = (squares / 3).sqrt() * torch.finfo(w.dtype).eps / 2
-    return gradients.judged(w, dw(out, upstream.double()), plain, first_order)
+    exact = dw(out, upstream.double())
+    return budgeted(w, exact, exact.norm(dim=-1), (squares / 3).sqrt() * torch.finfo(w.dtype).eps / 2, plain, None)
 
 
-def gradient_errors(plan: Plan, known: dict[str, Reference], found: Gradients) -> dict[str, float]:
-    """The worst row of each gradient of a rank's own heads, as a share of its budget."""
+def gradient_errors(plan: Plan, known: dict[str, Reference], heads: dict[str, list[int]], found: Gradients) -> dict[str, float]:
+    """The worst row of each gradient of a rank's own heads, as a share of its budget.
+
+    heads: those that the answers to q, k and v are of. Raises Unsupported where this rank holds none of them.
+    """
+    mine = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads, "weight": plan.heads}
     bhsd = plan.spread.layout == "bhsd"
-    errors = gradients.errors(plan, known, Inputs(*(t if bhsd else t.transpose(1, 2) for t in found[:3])))
-    if found.weight is None:
-        return errors
-    real = [(position, head) for position, head in enumerate(plan.heads) if head >= 0]
-    if not real:
-        return errors | {"weight": 0.0}
-    by_head = found.weight.unflatten(0, (len(plan.heads), -1))[None, [position for position, _ in real]]
-    return errors | {"weight": only_heads(known["weight"], [head for _, head in real]).over_budget(by_head)}
+    by_head = {name: one if bhsd else one.transpose(1, 2) for name, one in zip("qkv", found[:3], strict=True)}
+    if found.weight is not None:
+        by_head["weight"] = found.weight.unflatten(0, (len(plan.heads), -1))[None]
+        heads = heads | {"weight": list(range(plan.spread.workload.heads))}
+    errors = {}
+    for name, gradient in by_head.items():
+        pairs = [(position, heads[name].index(head)) for position, head in enumerate(mine[name]) if head in heads[name]]
+        if not pairs and max(mine[name]) >= 0:
+            raise Unsupported(f"its exact gradients fit for {len(heads['k'])} of the KV heads, and none of this rank's")
+        right = only_heads(known[name], [place for _, place in pairs])
+        errors[name] = right.over_budget(gradient[:, [position for position, _ in pairs]]) if pairs else 0.0
+    return errors

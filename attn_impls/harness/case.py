@@ -39,14 +39,24 @@ class DeviceLost(CaseFailed):
 
 @dataclass(frozen=True)
 class Case:
-    """An implementation on a workload, on a type of device."""
+    """An implementation on a workload, on a type of device, in one direction (of DIRECTIONS)."""
 
     workload: Workload
     implementation: Implementation
     device: str
+    direction: str = "forward"
 
     def __str__(self) -> str:
         return f"{self.workload}-{self.implementation.name}"
+
+    @property
+    def group(self) -> str:
+        return group(self.workload, self.direction)
+
+
+def group(workload: Workload | str, direction: str) -> str:
+    """What cases to be compared with one another share: the workload, and the direction if it is not forward."""
+    return str(workload) if direction == "forward" else f"{workload} {direction}"
 
 
 def build(case: Case, inputs: Inputs) -> tuple[Kernel, float]:
@@ -86,14 +96,14 @@ def validate(case: Case, out: object) -> None:
 
 
 @contextlib.contextmanager
-def guard(case: Case, stage: str) -> Iterator[None]:
-    """Turn an exception of the implementation into CaseFailed, with its memory freed."""
+def guard(case: Case, stage: str, allowed: bool = False) -> Iterator[None]:
+    """Turn an exception of the implementation into CaseFailed, with its memory freed. allowed: Unsupported passes."""
     try:
         yield
     except CaseFailed:
         raise
     except Unsupported:
-        if stage == "builder":
+        if stage == "builder" or allowed:
             raise
         failure: CaseFailed = CaseFailed(f"{case.implementation.name}: only a builder may raise Unsupported, not a kernel")
     except (Exception, SystemExit) as error:

@@ -30,6 +30,13 @@ class Sample(NamedTuple):
     late: bool  # the device was idle before the call was enqueued: this measured the host
 
 
+def make_ready(call: Callable[[], Any], calls: int = 1) -> None:
+    """Do what a call needs done before it, untimed: its `ready(calls)`, where it has one (a backward pass needs a forward)."""
+    ready = getattr(call, "ready", None)
+    if ready:
+        ready(calls)
+
+
 @dataclass
 class Subject:
     """Something to time: a call without arguments, how often to loop it a round, and the samples so far."""
@@ -37,11 +44,6 @@ class Subject:
     call: Callable[[], Any]
     loops: int = 1
     samples: list[Sample] = field(default_factory=list)
-
-    def renew(self) -> None:
-        """Make what the next round's calls use up, where they use something up (the forward passes of backward ones)."""
-        if renew := getattr(self.call, "renew", None):
-            renew(self.loops)
 
 
 class Event(Protocol):
@@ -129,8 +131,9 @@ class DeviceClock:
         self.driver.flush()
         self.driver.synchronize()
 
-    def prepare(self) -> None:
-        """Make the device quiet, then let it spin while the caller enqueues."""
+    def prepare(self, subject: Subject) -> None:
+        """Make the call ready and the device quiet, then let it spin while the caller enqueues."""
+        make_ready(subject.call)
         self.quiet()
         self.driver.spin(LEAD_CYCLES)
         self._before.record()
@@ -160,8 +163,7 @@ class DeviceClock:
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
-            subject.renew()
-            self.prepare()
+            self.prepare(subject)
         sample = Sample(seconds, host, spun / spin_seconds * 1e-6, late)
         subject.samples.append(sample)
         self.now += seconds
@@ -192,7 +194,8 @@ class HostClock:
     def reset(self) -> None:
         pass
 
-    def prepare(self) -> None:
+    def prepare(self, subject: Subject) -> None:
+        make_ready(subject.call, subject.loops)
         if self.align:
             self.align()
 
@@ -217,7 +220,7 @@ def median_seconds(clock: Clock, call: Callable[[], Any], rounds: int, warmup: i
     """Median time of a call, for calibration and ceilings."""
     subject = Subject(call)
     for _ in range(warmup + rounds):
-        clock.prepare()
+        clock.prepare(subject)
         clock.sample(subject)
     return statistics.median(sample.seconds for sample in subject.samples[warmup:])
 

@@ -1,109 +1,158 @@
-"""The judge of gradients: float64 autograd of the unsharded attention, one KV head at a time, and what the dtype excuses."""
+"""The judge of gradients: dq, dk and dv in float64, and how much error the workload's own dtype excuses, row by row."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..registry import Unsupported
 from ..workload import Workload
 from .inputs import Inputs
-from .oracle import PLAIN, TOLERANCE, Reference, attend, only_heads
+from .oracle import PLAIN, Reference, budgeted, score_error
 
-BACKWARD_TOLERANCE = 2 * TOLERANCE  # a backward pass recomputes the forward's products and multiplies again: five for two
-MAX_HEAD_PAIRS = 2**30  # (query, key) pairs of one KV head, whose scores autograd keeps in float64
+# (query, key) pairs whose gradients are computed exactly; beyond that, some KV heads with all their queries and keys
+MAX_PAIRS = {"cuda": 2**34, "cpu": 2**27}
+CHUNK_BYTES = 2**28  # of one float64 block of scores, of which a dozen live at once
 
 
-def upstream(w: Workload, device: str, seed: int) -> torch.Tensor:
+def upstream(w: Workload, device: str, seed: int) -> Tensor:
     """dout [B, H, Sq, DV]: standard normal, the same for a seed on a type of device."""
     generator = torch.Generator(device).manual_seed(seed + 3)
     return torch.randn(w.shapes()["out"], generator=generator, device=device).to(w.dtype)
 
 
-def reference(w: Workload, inputs: Inputs, dout: torch.Tensor, rounded: torch.Tensor | None = None) -> dict[str, Reference]:
-    """The right dq, dk and dv, each [B, heads, S, D], with the error that autograd in the workload's dtype makes.
+def sample_kv_heads(w: Workload, device: str) -> list[int]:
+    """The KV heads whose gradients are computed: all where they fit, else the first, the last and some between."""
+    fit = max(1, MAX_PAIRS[device] // (w.batch * w.group * w.q_len * w.kv_len))
+    if fit >= w.kv_heads:
+        return list(range(w.kv_heads))
+    return sorted({round(n * (w.kv_heads - 1) / max(1, fit - 1)) for n in range(fit)})
 
-    rounded: what plain arithmetic makes of dout, where dout is itself an exact result.
-    Raises Unsupported where the exact answer would not fit.
+
+def query_heads(w: Workload, kv_heads: list[int]) -> list[int]:
+    """The query heads that read some KV heads."""
+    return [kv * w.group + member for kv in kv_heads for member in range(w.group)]
+
+
+def reference(
+    w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int] | None = None, rounded: Tensor | None = None
+) -> dict[str, Reference]:
+    """The right dq, dk and dv, by "q", "k" and "v", each [B, heads, S, D], and the error each row may have.
+
+    kv_heads: compute those of these KV heads, and of the queries that read them, alone. rounded: what plain arithmetic in the
+    workload's dtype makes of dout, where dout is itself an exact result.
     """
-    if w.blind_rows:
-        raise Unsupported("gradients are not checked where rows see no key")
-    if w.group * w.q_len * w.kv_len > MAX_HEAD_PAIRS:
-        raise Unsupported(f"gradients are checked up to {MAX_HEAD_PAIRS} (query, key) pairs of a KV head")
-    exact = _gradients(w, inputs, dout, torch.float64, "scores")
-    plain = [_gradients(w, inputs, dout if rounded is None else rounded, w.dtype, scaled) for scaled in PLAIN]
-    first_order = _first_order(w, inputs, dout)
-    return {name: judged(w, exact[n], [one[n] for one in plain], first_order[n]) for n, name in enumerate("qkv")}
+    kv_heads = list(range(w.kv_heads)) if kv_heads is None else kv_heads
+    exact, first_order = _exact(w, inputs, dout, kv_heads)
+    plain = [_plain(w, inputs, dout if rounded is None else rounded, kv_heads, scaled) for scaled in PLAIN]
+    found = {}
+    for n, name in enumerate("qkv"):
+        norm = exact[n].norm(dim=-1)
+        # rows that hardly any query sees have gradients near zero: judge them against the size of the others
+        norm = norm.clamp(min=float(norm.square().mean().sqrt()) or 1.0)
+        found[name] = budgeted(w, exact[n], norm, first_order[n], [one[n] for one in plain], None)
+    return found
 
 
-def _first_order(w: Workload, inputs: Inputs, dout: torch.Tensor) -> list[torch.Tensor]:
-    """The size of the error that rounding in the workload's dtype makes in each row of dq, dk and dv, to first order.
+class Block(NamedTuple):
+    """Some query rows of one KV head, all in one dtype: n = group, r = rows."""
 
-    As for the forward pass, with unit roundoff u: a score rounded twice is off by u·|s|·√⅔, a weight, a dp and a ds rounded
-    once by u/√3 of themselves; δ = Σ dout·out of the rounded output by u·‖dout∘out‖. Independent errors add in squares.
-    """
-    mask, u = w.mask(dout.device), torch.finfo(w.dtype).eps / 2
-    found = [torch.empty(tensor.shape[:3], dtype=torch.float64, device=tensor.device) for tensor in inputs]
+    where: tuple[int, int, slice]  # batch, position of the KV head, query rows
+    q: Tensor  # [n, r, D]
+    k: Tensor  # [Skv, D]
+    v: Tensor  # [Skv, DV]
+    dout: Tensor  # [n, r, DV]
+    scores: Tensor  # scaled and capped, [n, r, Skv]
+    p: Tensor  # softmax weights
+    slope: Tensor | None  # of the softcap at the scores
+
+
+def _blocks(
+    w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int], dtype: torch.dtype, scaled: str = "scores"
+) -> Iterator[Block]:
+    """The forward pass in blocks. scaled: as for `oracle.attend`; "inputs" yields q and k already times the scale's root."""
+    before, after = (1.0, w.scale) if scaled == "scores" else (w.scale**0.5, 1.0)
+    length = max(1, CHUNK_BYTES // (w.group * w.kv_len * 8))
     for b in range(w.batch):
-        for kv in range(w.kv_heads):
+        for n, kv in enumerate(kv_heads):
             heads = slice(kv * w.group, (kv + 1) * w.group)
-            q, upstream = inputs.q[b, heads].double(), dout[b, heads].double()  # [G, Sq, D]
-            k, v = inputs.k[b, kv].double(), inputs.v[b, kv].double()
-            scores = q @ k.T * w.scale
-            if w.softcap:
-                scores = torch.tanh(scores / w.softcap) * w.softcap
-            p = torch.softmax(scores if mask is None else scores.masked_fill(~mask, float("-inf")), -1)
-            out, dp = p @ v, upstream @ v.T
-            ds = p * (dp - (upstream * out).sum(-1, keepdim=True))
-            relative = scores.square() * (2 / 3) + 1 / 3
-            delta = (upstream * out).square().sum(-1, keepdim=True)  # [G, Sq, 1]
-            in_ds = ds.square() * (relative + 1 / 3) + p.square() * (dp.square() / 3 + delta)
-            along_keys = (delta * (p @ k).square()).sum(-1)  # δ is one for the row: its errors do not cancel
-            squares = (in_ds @ k.square().sum(-1) + along_keys) * w.scale**2
-            found[0][b, heads] = squares.sqrt() * u
-            found[1][b, kv] = (in_ds * q.square().sum(-1, keepdim=True)).sum((0, 1)).sqrt() * u * w.scale
-            found[2][b, kv] = (p.square() * relative * upstream.square().sum(-1, keepdim=True)).sum((0, 1)).sqrt() * u
-    return found
+            k, v = inputs.k[b, kv].to(dtype) * before, inputs.v[b, kv].to(dtype)
+            for first in range(0, w.q_len, length):
+                rows = slice(first, min(first + length, w.q_len))
+                mask = w.mask(dout.device, torch.arange(rows.start, rows.stop))
+                q = inputs.q[b, heads, rows].to(dtype) * before
+                scores, slope = q @ k.T * after, None
+                if w.softcap:
+                    bent = torch.tanh(scores / w.softcap)
+                    scores, slope = bent * w.softcap, 1 - bent.square()
+                p = torch.softmax(scores if mask is None else scores.masked_fill(~mask, float("-inf")), -1)
+                p = p.nan_to_num_(0.0) if w.blind_rows else p
+                yield Block((b, n, rows), q, k, v, dout[b, heads, rows].to(dtype), scores, p, slope)
 
 
-def _gradients(w: Workload, inputs: Inputs, dout: torch.Tensor, dtype: torch.dtype, scaled: str) -> list[torch.Tensor]:
-    one = w.replace(batch=1, heads=w.group, kv_heads=1)
-    found = [torch.empty(tensor.shape, dtype=dtype, device=tensor.device) for tensor in inputs]
-    for batch in range(w.batch):
-        for kv in range(w.kv_heads):
-            heads = slice(kv * w.group, (kv + 1) * w.group), slice(kv, kv + 1), slice(kv, kv + 1)
-            where = [(slice(batch, batch + 1), part) for part in heads]
-            leaves = Inputs(*(t[place].to(dtype).requires_grad_() for t, place in zip(inputs, where, strict=True)))
-            out = attend(one, leaves, None, dtype, scaled)
-            gradients = torch.autograd.grad(out, tuple(leaves), dout[where[0]].to(dtype))
-            for into, place, gradient in zip(found, where, gradients, strict=True):
-                into[place] = gradient
-    return found
+def _room(w: Workload, inputs: Inputs, kv_heads: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for dq [B, KV, G, Sq, D], dk and dv [B, KV, Skv, D]."""
+    device, lead = inputs.q.device, (w.batch, len(kv_heads))
+    shapes = ((w.group, w.q_len, w.head_dim), (w.kv_len, w.head_dim), (w.kv_len, w.v_head_dim))
+    dq, dk, dv = (torch.zeros(lead + shape, dtype=dtype, device=device) for shape in shapes)
+    return dq, dk, dv
 
 
-def judged(w: Workload, exact: torch.Tensor, plain: list[torch.Tensor], first_order: torch.Tensor) -> Reference:
-    """The budget is BACKWARD_TOLERANCE times a row's plain errors, their RMS over rows, its first-order error, or one roundoff.
+def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The float64 gradients, and to first order the size of the error that the workload's dtype makes in each row.
 
-    The scale of a row is at least the rows' RMS: rows that hardly any query sees have gradients near zero.
+    As for the forward pass, with unit roundoff u: a score is off by u·√score_error, a weight, a dp and a ds rounded once by u/√3
+    of themselves; δ = Σ dout·out of the rounded output by u·‖dout∘out‖. Independent errors add in squares.
     """
-    norm = exact.norm(dim=-1)
-    norm = norm.clamp(min=float(norm.square().mean().sqrt()))
-    scale = torch.full_like(norm, torch.finfo(w.dtype).eps / 2)
-    scale = torch.maximum(scale, first_order / norm)
-    for one in plain:
-        error = (one.double() - exact).norm(dim=-1) / norm
-        scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-    return Reference(None, exact, norm, BACKWARD_TOLERANCE * scale)
+    u = torch.finfo(w.dtype).eps / 2
+    summed = w.dtype == torch.float32  # products added up in the dtype itself
+    in_dp, times = (2 * w.v_head_dim**2, 2) if summed else (0, 1)  # a score is computed for the lse, and again beside it
+    dq, dk, dv = _room(w, inputs, kv_heads, torch.float64)
+    squares = [torch.zeros_like(t[..., 0]) for t in (dq, dk, dv)]
+    for x in _blocks(w, inputs, dout, kv_heads, torch.float64):
+        b, n, rows = x.where
+        dp, products = x.dout @ x.v.T, x.dout * (x.p @ x.v)
+        ds = x.p * (dp - products.sum(-1, keepdim=True))
+        relative = times * score_error(w, x.scores) + 1 / 3
+        delta = products.square().sum(-1, keepdim=True)  # [n, r, 1]
+        in_ds = ds.square() * (relative + 1 / 3) + x.p.square() * ((dp.square() + in_dp) / 3 + delta)
+        slope: Any = 1.0
+        if x.slope is not None:  # 1 − tanh², of a tanh that was rounded: off by 2·tanh² of its two roundings, and rounded itself
+            slope = x.slope
+            in_ds = in_ds * slope.square() + ds.square() * (4 * (1 - slope).square() * (2 / 3) + slope.square() / 3)
+        ds, in_ds = ds * slope * w.scale, in_ds * w.scale**2
+        dq[b, n, :, rows] = ds @ x.k
+        dk[b, n] += ds.flatten(0, 1).T @ x.q.flatten(0, 1)
+        dv[b, n] += x.p.flatten(0, 1).T @ x.dout.flatten(0, 1)
+        along_keys = (delta * ((x.p * slope * w.scale) @ x.k).square()).sum(-1)  # δ is one for the row: its errors do not cancel
+        squares[0][b, n, :, rows] = in_ds @ x.k.square().sum(-1) + along_keys
+        squares[1][b, n] += (in_ds * x.q.square().sum(-1, keepdim=True)).sum((0, 1))
+        squares[2][b, n] += (x.p.square() * relative * x.dout.square().sum(-1, keepdim=True)).sum((0, 1))
+    return [dq.flatten(1, 2), dk, dv], [
+        (square.flatten(1, 2) if n == 0 else square).sqrt() * u for n, square in enumerate(squares)
+    ]
 
 
-def errors(plan: Any, known: dict[str, Reference], found: Inputs) -> dict[str, float]:
-    """The worst row of each gradient of a rank's own heads, as a share of its budget; `plan` says which heads they are."""
-    heads = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads}
-    errors = {}
-    for name, gradient in zip("qkv", found, strict=True):
-        real = [(position, head) for position, head in enumerate(heads[name]) if head >= 0]
-        if real:
-            mine = only_heads(known[name], [head for _, head in real])
-            errors[name] = mine.over_budget(gradient[:, [position for position, _ in real]])
-    return {name: errors.get(name, 0.0) for name in "qkv"}
+def _plain(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int], scaled: str) -> list[Tensor]:
+    """The gradients written plainly in the workload's dtype, each step rounded.
+
+    scaled "scores": as autograd does it, every query head's dk and dv rounded before they are added up. "inputs": as fused
+    kernels do it, δ from the output and the scale last.
+    """
+    found = _room(w, inputs, kv_heads, torch.float32)  # matmuls add up in float32, so blocks do
+    dq, dk, dv = found
+    for x in _blocks(w, inputs, dout, kv_heads, w.dtype, scaled):
+        b, n, rows = x.where
+        p, dp = x.p.float(), (x.dout @ x.v.T).float()
+        fused = scaled == "inputs"
+        delta = (x.dout.float() * (x.p @ x.v).float()) if fused else p * dp
+        ds = (p * (dp - delta.sum(-1, keepdim=True))).to(w.dtype)
+        ds = ds if x.slope is None else ds * x.slope
+        ds, last = (ds, w.scale**0.5) if fused else (ds * w.scale, 1.0)
+        dq[b, n, :, rows] = (ds @ x.k).float() * last
+        dk_heads, dv_heads = (t.mT @ y for t, y in ((ds, x.q), (x.p, x.dout)))  # [n, Skv, D]
+        dk[b, n] += dk_heads.float().sum(0) * last
+        dv[b, n] += dv_heads.float().sum(0)
+    return [dq.flatten(1, 2).to(w.dtype), dk.to(w.dtype), dv.to(w.dtype)]

@@ -12,9 +12,9 @@ from .case import Case
 from .selection import Selection
 
 
-def identity(case: Case, selection: Selection, direction: str, seconds: float) -> dict[str, Any]:
-    """seconds: the median time of the direction."""
-    w, implementation = case.workload, case.implementation
+def identity(case: Case, selection: Selection, seconds: float) -> dict[str, Any]:
+    """seconds: the median time of the case."""
+    w, implementation, direction = case.workload, case.implementation, case.direction
     return {
         "implementation": implementation.name,
         "library": implementation.dist or "torch",

@@ -19,9 +19,12 @@ class Inputs(NamedTuple):
 
     def as_layout(self, layout: str) -> Inputs:
         """A copy of the same values, contiguous in a layout."""
-        if layout == "bhsd":
-            return Inputs(*(tensor.clone() for tensor in self))
-        return Inputs(*(tensor.transpose(1, 2).contiguous() for tensor in self))
+        return Inputs(*(as_layout(tensor, layout) for tensor in self))
+
+
+def as_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """A copy of a "bhsd" tensor's values, contiguous in a layout."""
+    return tensor.clone() if layout == "bhsd" else tensor.transpose(1, 2).contiguous()
 
 
 def plain(w: Workload, device: str, seed: int) -> Inputs:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 
 from ..registry import REGISTRY, Kernel, Unsupported
 from ..workload import Workload
+from . import backward, gradients
 from . import inputs as make
 from .case import Case, CaseFailed, DeviceLost, build, call
-from .inputs import Inputs
+from .inputs import Inputs, as_layout
 from .oracle import Reference, reference
 
 POISON_BYTES = 2**28
@@ -29,6 +32,8 @@ class Verdict:
     bitwise_repeatable: bool
     drift_over_budget: float = 0.0  # all rows together too large or too small
     complaint: str = ""  # what disqualifies the output before any comparison
+    of: str = ""  # the worst gradient's name; "" for an output
+    by_gradient: dict[str, float] = field(default_factory=dict)  # each one's worst row against the oracle
 
     @property
     def failure(self) -> str:
@@ -36,10 +41,15 @@ class Verdict:
         if self.complaint:
             return self.complaint
         if self.error_over_budget > 1:
-            return f"differs from the float64 oracle: its worst row errs {self.error_over_budget:.3g} × the budget"
+            return f"{self._differs} from the float64 oracle: its worst row errs {self.error_over_budget:.3g} × the budget"
         if self.drift_over_budget > 1:
-            return f"differs from the float64 oracle: its rows are all a little off, {self.drift_over_budget:.3g} × the budget"
+            drift = f"{self.drift_over_budget:.3g} × the budget"
+            return f"{self._differs} from the float64 oracle: its rows are all a little off, {drift}"
         return ""
+
+    @property
+    def _differs(self) -> str:
+        return f"differs in {self.of}" if self.of else "differs"
 
     @property
     def sdpa_is_wrong(self) -> bool:
@@ -59,7 +69,7 @@ class Verdict:
         if self.sdpa_is_wrong:
             return f"cannot be compared: SDPA itself fails the oracle ({self.sdpa_error_over_budget:.3g} × the budget)"
         if self.sdpa_over_budget is not None and self.sdpa_over_budget > 1:
-            return f"differs from SDPA: its worst row is {self.sdpa_over_budget:.3g} × both budgets away"
+            return f"{self._differs} from SDPA: its worst row is {self.sdpa_over_budget:.3g} × both budgets away"
         return ""
 
 
@@ -95,6 +105,96 @@ class Problem:
         except (Unsupported, CaseFailed):  # SDPA's own test says which
             return None
 
+    @cached_property
+    def douts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upstream gradients for the needles and the plain inputs."""
+        first, second = (gradients.upstream(self.workload, self.device, seed) for seed in (self.seed + 1, self.seed))
+        return first, second
+
+    def call(self, case: Case, kernel: Kernel) -> Callable[[], Any]:
+        """What is timed of a case: its kernel, its gradients, or both, on copies of the plain inputs in its layout."""
+        native = self.plain.as_layout(case.implementation.layout)
+        if case.direction == "forward":
+            return partial(kernel, *native)
+        return backward.CALLS[case.direction](kernel, native, as_layout(self.douts[1], case.implementation.layout))
+
+    @cached_property
+    def gradient_heads(self) -> dict[str, list[int]]:
+        """The heads of q, k and v whose gradients are known."""
+        kv_heads = gradients.sample_kv_heads(self.workload, self.device)
+        return {"q": gradients.query_heads(self.workload, kv_heads), "k": kv_heads, "v": kv_heads}
+
+    @cached_property
+    def gradient_references(self) -> tuple[dict[str, Reference], dict[str, Reference]]:
+        """Of dq, dk and dv, by "q", "k" and "v", for the needles and for the plain inputs."""
+        known = zip((self.needles, self.plain), self.douts, strict=True)
+        first, second = (gradients.reference(self.workload, x, dout, self.gradient_heads["k"]) for x, dout in known)
+        return first, second
+
+    @cached_property
+    def sdpa_gradients(self) -> tuple[Inputs, Inputs] | None:
+        """SDPA's gradients for the needles and the plain inputs; None where it has none."""
+        case = Case(self.workload, REGISTRY["sdpa"], self.device, "backward")
+        try:
+            kernel, _ = build(case, self.needles)
+            known = zip((self.needles, self.plain), self.douts, strict=True)
+            first, second = (backward.gradients(case, kernel, x, dout) for x, dout in known)
+            return first, second
+        except DeviceLost:
+            raise
+        except (Unsupported, CaseFailed):
+            return None
+
+    def judge_gradients(self, case: Case, kernel: Kernel) -> Verdict:
+        """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
+
+        Raises Unsupported where the kernel is forward only, CaseFailed if it raises.
+        """
+        layout = case.implementation.layout
+        found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
+        for n, original in enumerate((self.needles, self.plain)):
+            copy, dout = original.as_layout(layout), self.douts[n]
+            native = as_layout(dout, layout)
+            twice = []
+            for _ in range(2):
+                poison(self.workload, self.device)
+                twice.append(Inputs(*(t.clone() for t in backward.gradients(case, kernel, copy, native))))
+            changed = _complaint(None, Inputs(*original), copy, layout)
+            if not changed and not torch.equal(dout, native if layout == "bhsd" else native.transpose(1, 2)):
+                changed = "changed dout, its upstream gradient"
+            for name in "qkv":
+                known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
+                ours, theirs = [getattr(one, name) for one in twice], sdpa and getattr(sdpa, name)
+                found[name].append(self._gradient_verdict(name, known, ours, theirs, changed))
+        worst = {name: max(verdicts, key=_badness) for name, verdicts in found.items()}
+        of = max(worst, key=lambda name: _badness(worst[name]))
+        return replace(
+            worst[of],
+            bitwise_repeatable=all(v.bitwise_repeatable for verdicts in found.values() for v in verdicts),
+            sdpa_error_over_budget=_most(v.sdpa_error_over_budget for verdicts in found.values() for v in verdicts),
+            by_gradient={f"d{name}": verdict.error_over_budget for name, verdict in worst.items()},
+        )
+
+    def _gradient_verdict(
+        self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None, complaint: str
+    ) -> Verdict:
+        """Of one gradient for one of the inputs."""
+        repeatable = torch.equal(*twice)
+        complaint = complaint or _nan(twice[0])
+        if complaint:
+            return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=f"d{name}")
+        heads = self.gradient_heads[name]
+        ours, theirs = [one[:, heads] for one in twice], None if sdpa is None else sdpa[:, heads]
+        return Verdict(
+            max(map(known.over_budget, ours)),
+            known.rms_over_budget(ours[0]),
+            None if theirs is None else max(known.apart(one, theirs) for one in ours),
+            None if theirs is None else known.over_budget(theirs),
+            repeatable,
+            max(map(known.drift_over_budget, ours)),
+            of=f"d{name}",
+        )
+
     def judge(self, case: Case, kernel: Kernel) -> Verdict:
         """Run the kernel twice on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if it raises."""
         errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
@@ -123,15 +223,28 @@ class Problem:
 
 def poison(w: Workload, device: str) -> None:
     """Leave NaN in the memory that the allocator will hand out next: what writes nothing must not look right."""
-    shape = w.shapes()["out"]
-    blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * w.dtype.itemsize)))  # free lists hold many small ones
-    for _ in [torch.full(shape, float("nan"), dtype=w.dtype, device=device) for _ in range(blocks)]:
-        pass
+    for shape in set(w.shapes().values()):
+        blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * w.dtype.itemsize)))  # free lists hold many small ones
+        for _ in [torch.full(shape, float("nan"), dtype=w.dtype, device=device) for _ in range(blocks)]:
+            pass
 
 
-def _complaint(out: torch.Tensor, original: Inputs, copy: Inputs, layout: str) -> str:
-    if bool(out.isnan().any()):
-        return f"returned NaN in {int(out.isnan().any(-1).sum())} of {out.shape[:-1].numel()} rows"
+def _badness(verdict: Verdict) -> float:
+    return max(verdict.error_over_budget, verdict.drift_over_budget, verdict.sdpa_over_budget or 0.0)
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _nan(out: torch.Tensor) -> str:
+    rows = out.isnan().any(-1)
+    return f"returned NaN in {int(rows.sum())} of {rows.numel()} rows" if bool(rows.any()) else ""
+
+
+def _complaint(out: torch.Tensor | None, original: Inputs, copy: Inputs, layout: str) -> str:
+    if out is not None and (complaint := _nan(out)):
+        return complaint
     for name, before, after in zip("qkv", original, copy, strict=True):
         if not torch.equal(before, after.transpose(1, 2) if layout == "bshd" else after):
             return f"changed its input {name}"

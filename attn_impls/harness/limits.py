@@ -88,15 +88,16 @@ def roofline(w: Workload, direction: str, gpu: Gpu | None, ceiling: Ceiling) -> 
 def physical_bound(w: Workload, direction: str, gpu: Gpu | None, sms: int, max_mhz: float) -> float:
     """Seconds below which a time cannot be true; 0 for an unlisted device or a CPU.
 
-    Lenient on purpose: the fewest FLOPs (backward 2 × forward, without recomputation) at the tensor cores' rate for
-    the highest SM clock (TF32's for fp32), and only the bytes that must be read through a cold L2.
+    Lenient on purpose: the fewest FLOPs (backward 2 × forward, without recomputation; both 3 ×) at the tensor cores' rate
+    for the highest SM clock (TF32's for fp32), and only the bytes that must be read through a cold L2.
     """
     if gpu is None or not max_mhz:
         return 0.0
-    flops = w.flops("forward") * (2 if direction == "backward" else 1)
+    flops = w.flops("forward") * {"forward": 1, "backward": 2, "forward+backward": 3}[direction]
     rate = sms * gpu.flop_per_sm_clock * max_mhz * 1e6 / (2 if w.dtype == torch.float32 else 1)
     written = w.batch * w.heads * w.q_len * w.v_head_dim * w.dtype.itemsize
-    read = w.bytes("forward") - written + (written if direction == "backward" else 0)
+    dout = 0 if direction == "forward" else written
+    read = w.bytes("forward") - written + dout
     return max(flops / rate, read / (gpu.bandwidth * 1e12))
 
 

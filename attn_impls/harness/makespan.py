@@ -110,17 +110,13 @@ class Rounds:
 
     def _measure_others(self) -> None:
         for track in self.others:
-            self._prepare(track)
+            self.clock.prepare(track)
             self._sample(track)
-
-    def _prepare(self, track: Track) -> None:
-        track.renew()
-        self.clock.prepare()
 
     def _before(self) -> None:
         if self.count % 2 == 0:
             self._measure_others()
-        self._prepare(self.subject)
+        self.clock.prepare(self.subject)
 
     def _after(self) -> None:
         if self.count % 2:
@@ -132,7 +128,7 @@ class Rounds:
         for _ in range(2):
             started = time.perf_counter()
             for track in self.tracks.values():
-                self._prepare(track)
+                self.clock.prepare(track)
                 seconds = self._sample(track).seconds
                 if self.clock.timer == "host":  # of the slowest rank, so that all loop alike
                     track.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(seconds, 1e-9)))

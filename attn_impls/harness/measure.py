@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, DeviceClock, HostClock, Sample, Subject
+from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
 
 ROUND_BUDGET_SECONDS = 2.0
 MAX_ROUNDS, MIN_ROUNDS = 100, 20
@@ -55,13 +55,13 @@ def run(
 
     def measure_baseline() -> None:
         if other:
-            clock.prepare()
+            clock.prepare(other)
             clock.sample(other)
 
     def before() -> None:
         if count % 2 == 0:
             measure_baseline()
-        clock.prepare()
+        clock.prepare(subject)
 
     def after() -> None:
         nonlocal count
@@ -84,7 +84,7 @@ def _plan(clock: Clock, subject: Subject, other: Subject | None) -> tuple[int, i
     for _ in range(2):
         started = time.perf_counter()
         for s in subjects:
-            clock.prepare()
+            clock.prepare(s)
             sample = clock.sample(s)
             if clock.timer == "host":
                 s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(sample.seconds, 1e-9)))
@@ -148,9 +148,11 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
     calls = round(min(50, max(5, ENQUEUE_SECONDS / max(seconds, 1e-6))))
     times = []
     for first in range(0, calls, 10):
+        batch = min(10, calls - first)
+        make_ready(call, batch)
         clock.quiet()
         clock.driver.spin(MAX_CYCLES)
-        for _ in range(min(10, calls - first)):
+        for _ in range(batch):
             started = clock.driver.host_time()
             call()
             times.append(clock.driver.host_time() - started)
@@ -159,6 +161,7 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most device memory one call holds beyond its inputs, the output included."""
+    make_ready(call)
     torch.cuda.synchronize()
     collecting = gc.isenabled()
     gc.disable()  # garbage freed during the call would hide what the call takes

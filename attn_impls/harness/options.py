@@ -86,6 +86,11 @@ OPTIONS = (
     Option("--head-dim", "N", "override the head dim"),
     Option("--dtype", "NAME", "override the dtype: bf16, fp16, fp32"),
     Option("--mask", "NAME", "override the mask: full, causal"),
+    Option(
+        "--direction",
+        "NAME",
+        "direction to run: forward, backward (the gradients alone), forward+backward (default: forward is timed, all is checked)",
+    ),
     Option("--impl", "NAME|FILE.py", "implementation to run: a registered name, or a Python file that registers some"),
     Option("--require-impl", "NAME", "implementation that must be able to run here: where it cannot, its cases fail"),
     Option("--rounds", "N", "timed rounds of a case (default: 100, fewer to fit 2 s, at least 20)", None, positive),

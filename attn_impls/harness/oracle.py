@@ -69,13 +69,26 @@ def reference(w: Workload, inputs: Inputs, seed: int = 0, prefer: torch.Tensor |
     norm = out.norm(dim=-1)
     # a row that sees no key has the answer 0: judge it against the size of the others
     norm = torch.where(norm > 0, norm, norm[norm > 0].mean() if bool((norm > 0).any()) else torch.ones_like(norm))
+    plain = [attend(w, inputs, rows, w.dtype, scaled) for scaled in PLAIN]
+    return budgeted(w, out, norm, rounding, plain, rows)
+
+
+def budgeted(
+    w: Workload,
+    out: torch.Tensor,
+    norm: torch.Tensor,
+    rounding: torch.Tensor,
+    plain: list[torch.Tensor],
+    rows: torch.Tensor | None,
+) -> Reference:
+    """The right answer with its budget, from the first-order rounding error of each row and some plain runs in the dtype."""
     scale, unit = rounding / norm, torch.finfo(w.dtype).eps / 2
     noise, drift = unit / 4, max(unit / 4, 2**-12)
-    for scaled in PLAIN:
-        plain = attend(w, inputs, rows, w.dtype, scaled).double()
-        error = (plain - out).norm(dim=-1) / norm
+    for run in plain:
+        run = run.double()
+        error = (run - out).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-        stretch = _stretch(plain, out, norm)
+        stretch = _stretch(run, out, norm)
         noise = max(noise, float(stretch.square().mean().sqrt()))
         drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
     # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
@@ -92,6 +105,18 @@ def only_heads(reference: Reference, heads: list[int]) -> Reference:
 def _stretch(out: torch.Tensor, right: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """By how much each row is longer than it should be, relative, [B, H, R]."""
     return ((out - right) * right).sum(-1) / norm**2
+
+
+def score_error(w: Workload, scores: torch.Tensor) -> torch.Tensor:
+    """The mean square of what rounding does to scores, in squared unit roundoffs of the workload's dtype.
+
+    Two roundings (product and scale), three more with a softcap. In float32 the products are added up in the dtype itself:
+    partial sums of D products wander by √D, and march to the score where q points at k.
+    """
+    roundings = 5 if w.softcap else 2
+    if w.dtype != torch.float32:
+        return scores.square() * (roundings / 3)
+    return scores.square() * (roundings / 3 + w.head_dim / 9) + 2 * w.head_dim
 
 
 def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
@@ -111,16 +136,14 @@ def _empty(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.
 def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The float64 answer, and to first order the size of the error that rounding in the workload's dtype makes in each row.
 
-    With unit roundoff u, a score s rounded twice is off by u·|s|·√⅔ and a weight p rounded once by u·p/√3 (root mean
-    square); each moves the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be
-    lucky; this cannot.
+    With unit roundoff u, a score is off by u·√score_error and a weight p rounded once by u·p/√3 (root mean square); each moves
+    the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be lucky; this cannot.
     """
-    summed = 2 * w.head_dim if w.dtype == torch.float32 else 0.0  # products added up in the dtype itself
     outs = _empty(w, inputs, rows, torch.float64)
     roundings = torch.empty_like(outs[..., 0])
     for where, scores, weights, v in _chunks(w, inputs, rows, torch.float64, "scores"):
         out = weights @ v  # [n, G, R, DV]
-        spread = (weights.square() * (scores.square() * (2 / 3 + summed) + 1 / 3)).float()
+        spread = (weights.square() * (score_error(w, scores) + 1 / 3)).float()
         basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
         moved = (spread @ basis).double()  # Σ of v, of |v|² and of 1, weighted
         squares = moved[..., -2] - 2 * (moved[..., :-2] * out).sum(-1) + moved[..., -1] * out.square().sum(-1)

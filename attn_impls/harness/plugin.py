@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import directions, environment, matrix, options, rank_start, selection, summary, workers
+from . import environment, matrix, options, rank_start, selection, summary, workers
+from .case import group
 from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
@@ -53,7 +54,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give benchmarks their timer and group; leave out what cannot run in this kind of run."""
     session = session_of(config)
-    gone = [item for item in items if _left_out(config, item)]
+    gone = [item for item in items if _left_out(config, item) or _of_another_direction(session, item)]
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in set(gone)]
@@ -80,17 +81,31 @@ class _Timer:
 
 
 def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
-    if directions.left_out(item, session_of(config).selection):
-        return True
     # under --benchmark-only, pytest-benchmark would report each of the others as skipped
     return config.getoption("benchmark_only", False) and "benchmark" not in getattr(item, "fixturenames", ())
 
 
+def direction_of(item: pytest.Item) -> str:
+    """The direction that a test over cases is marked with."""
+    marker = item.get_closest_marker("direction")
+    return marker.args[0] if marker else "forward"
+
+
+def _of_another_direction(session: Session, item: pytest.Item) -> bool:
+    """Whether a test over cases is of a direction that was not selected. Gradients are checked if either kind is."""
+    if _case_of(item) is None:
+        return False
+    direction = direction_of(item)
+    if "benchmark" in getattr(item, "fixturenames", ()):
+        return direction not in session.selection.directions
+    return not any(direction in selected for selected in session.selection.checked)
+
+
 def _case_of(item: pytest.Item) -> tuple[str, str] | None:
-    """(workload id, implementation) of a test over cases."""
+    """(group, implementation) of a test over cases."""
     params = getattr(getattr(item, "callspec", None), "params", {})
     if "workload" in params and "implementation" in params:
-        return str(params["workload"]), params["implementation"].name
+        return group(params["workload"], direction_of(item)), params["implementation"].name
     return None
 
 

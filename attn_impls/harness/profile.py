@@ -9,6 +9,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from .clock import make_ready
+
 SPIN = "spin_kernel"  # torch.cuda._sleep
 
 # the kernel a dispatching library chose: first match of a part of a kernel's name
@@ -19,6 +21,7 @@ FAMILIES = (
     ("FlashAttnFwdSm90", "flash3"),
     ("pytorch_flash", "flash"),
     ("flash_fwd", "flash"),
+    ("flash_bwd", "flash"),
     ("fmha_cutlass", "efficient"),
     ("mem_eff", "efficient"),
     ("splitKernel", "triton_splitk"),
@@ -40,6 +43,7 @@ def device_operations(call: Callable[[], Any], calls: int = 1, before: Callable[
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
+            make_ready(call)
             before()
             torch.cuda._sleep(200_000)
             call()
@@ -77,6 +81,7 @@ def empty_spin_seconds() -> float | None:
 
 def cpu_operators(call: Callable[[], Any]) -> list[str]:
     """The operators that took at least a tenth of a call's time on the CPU, longest first."""
+    make_ready(call)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
     averages = profiler.key_averages()

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from . import topology
-from .directions import timed_direction
 from .ranks import Outcome, Ranks, blamed
 from .session import Session
 from .termination import Termination
@@ -89,11 +88,13 @@ class RankHooks:
     def _note(self, item: pytest.Item, report: Any) -> None:
         """Remember why a cell of the matrix is empty."""
         params = getattr(getattr(item, "callspec", None), "params", {})
-        direction = timed_direction(item)
-        if report.passed or not direction or not {"workload", "form", "implementation"} <= params.keys():
+        timed = "benchmark" in getattr(item, "fixturenames", ())
+        if report.passed or not timed or not {"workload", "form", "implementation"} <= params.keys():
             return
         first = str(report.longrepr).strip().splitlines()[0]
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {first}"
+        marker = item.get_closest_marker("direction")
+        direction = marker.args[0] if marker else "forward"
         cell = str(params["workload"]), direction, params["form"].name, params["implementation"].name
         self.session.spreads.not_run.setdefault(cell, reason)
 

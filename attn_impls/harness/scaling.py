@@ -8,7 +8,6 @@ from ..parallel.plan import Plan, Traffic
 from . import measure
 from .clock import Clock
 from .makespan import Probe, Track
-from .passes import BackwardPass
 
 
 def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, clock: Clock) -> dict[str, Any]:
@@ -17,7 +16,7 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
     alone, silent = timing.get("one rank"), timing.get("silent")
     found = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), clock)
     ratio = [found.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]
-    cost = _cost(track, clock)
+    cost = measure.cost(track.call, clock, track.median)
     peaks = ranks.exchange(cost["peak_bytes"])
     found |= {
         **dict(zip(("speedup", "speedup_ci_low", "speedup_ci_high"), ratio, strict=True)),
@@ -38,16 +37,6 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
     found |= probed(sent, probe) if sent else {}
     bound = bound_seconds(plan.bound, sent, alone.median if alone else None, found.get("probe_s", 0.0), ranks.size)
     return found | {"bound_s": bound, "percent_of_bound": bound and 100 * bound / track.median}
-
-
-def _cost(track: Track, clock: Clock) -> dict[str, Any]:
-    """As measure.cost; of a backward pass, whose calls use graphs up, no enqueue time."""
-    if not isinstance(track.call, BackwardPass):
-        return measure.cost(track.call, clock, track.median)
-    if clock.timer == "host":
-        return {"host_us": track.median * 1e6, "peak_bytes": None}
-    track.call.renew(1)
-    return {"host_us": None, "peak_bytes": measure.peak_bytes(track.call)}
 
 
 def probed(sent: tuple[Traffic, ...], probe: Probe) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from ..parallel import STRATEGIES, Form
 from ..presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 from ..registry import REGISTRY, Implementation, discover, load_file
-from ..workload import DTYPES, Workload
+from ..workload import DIRECTIONS, DTYPES, Workload
 from .environment import device_bytes
 
 # option: the field of Workload it overrides
@@ -37,6 +37,8 @@ class Selection:
     rounds: int | None = None
     warmup_rounds: int | None = None
     seed: int = 0
+    directions: tuple[str, ...] = ("forward",)  # to be timed
+    checked: tuple[str, ...] = DIRECTIONS  # to be checked
     case_timeout: float = 300.0
     forms: dict[str, tuple[Form, ...]] = field(default_factory=dict)  # of each distributed strategy
     overlap_chunks: tuple[int, ...] = (1,)
@@ -53,6 +55,7 @@ def resolve(options: dict[str, Any]) -> Selection:
         implementations = _implementations(options["impl"], options["require_impl"])
         labels, scaled = _workloads(options, device)
         forms = _forms(options["form"])
+        directions = _directions(options["direction"])
         for w in labels:
             _must_fit(w, device)
     except ValueError as error:
@@ -66,6 +69,8 @@ def resolve(options: dict[str, Any]) -> Selection:
         options["rounds"],
         options["warmup_rounds"],
         options["seed"],
+        directions or ("forward",),
+        directions or DIRECTIONS,
         options["case_timeout"],
         forms,
         options["overlap_chunks"],
@@ -83,6 +88,13 @@ def _forms(chosen: list[str]) -> dict[str, tuple[Form, ...]]:
         if word not in known:
             raise ValueError(f"--form {word!r}: no such form; {nearest(word, known)}")
     return {name: tuple(form for form in forms if not chosen or form.name in chosen) for name, forms in STRATEGIES.items()}
+
+
+def _directions(chosen: list[str]) -> tuple[str, ...]:
+    for word in chosen:
+        if word not in DIRECTIONS:
+            raise ValueError(f"--direction {word!r}: give one of {', '.join(DIRECTIONS)}")
+    return tuple(dict.fromkeys(chosen))
 
 
 def _device(name: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import pytest
 import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
-from . import environment, limits, makespan, measure, probes, profile
+from . import backward, environment, limits, makespan, measure, probes, profile
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .identity import identity
+from .inputs import as_layout
 from .journal import Journal
 from .judge import Problem, Verdict
 from .ranks import Ranks
@@ -34,7 +37,7 @@ class Session:
         self.device = selection.device
         self.journal = Journal(Path(config.rootpath) / ".benchmarks" / "journal")
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
-        self.not_run: dict[tuple[str, str], str] = {}  # (workload id, implementation): why
+        self.not_run: dict[tuple[str, str], str] = {}  # (group of cases, implementation): why
         self.broken: dict[str, str] = {}
         self.lost = ""  # the culprit of a sticky CUDA error
         self._checked: dict[Case, tuple[Verdict, float]] = {}
@@ -141,24 +144,36 @@ class Session:
             raise pytest.fail.Exception(str(failure), pytrace=False) from None
 
     def _prepare(self, case: Case, problem: Problem) -> Kernel:
-        """Build the case's kernel, and check it unless this session has."""
-        kernel, build_seconds = build(case, problem.plain.as_layout(case.implementation.layout))
+        """Build the case's kernel, and check it unless this session has: its output or, for a backward case, its gradients."""
+        if case.direction != "forward" and not case.implementation.backward:
+            raise Unsupported("forward only")
+        inputs = problem.plain.as_layout(case.implementation.layout)
+        kernel, build_seconds = build(case, inputs)
         if case not in self._checked:
-            self._checked[case] = problem.judge(case, kernel), build_seconds
+            started = time.perf_counter()
+            if case.direction == "forward":
+                verdict = problem.judge(case, kernel)
+            else:
+                dout = as_layout(problem.douts[1], case.implementation.layout)
+                backward.gradients(case, kernel, inputs, dout)  # compiles
+                build_seconds += time.perf_counter() - started
+                verdict = problem.judge_gradients(case, kernel)
+            self._checked[case] = verdict, build_seconds
         return kernel
 
     def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
-        kernel = self._prepare(case, problem)
-        verdict, build_seconds = self._checked[case]
-        if verdict.disqualified:
-            raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
+        for checked in dict.fromkeys((replace(case, direction="forward"), case)):
+            kernel = self._prepare(checked, problem)
+            verdict, build_seconds = self._checked[checked]
+            if verdict.disqualified:
+                raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
         if case.implementation.name not in self._probed and build_seconds < probes.SLOW:
             self._probed[case.implementation.name] = probes.probe(case.implementation, self.device, hurry=True)
             kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
         answers = self._probed.get(case.implementation.name, {})
         if objection := probes.objection(answers, case.workload):
             raise CaseFailed(f"{case.implementation.name} {objection}; it is not timed")
-        call = partial(kernel, *problem.plain.as_layout(case.implementation.layout))
+        call = problem.call(case, kernel)
         baseline = None if verdict.sdpa_is_wrong else self._baseline(case, problem)
         rounds, warmup = self.selection.rounds, self.selection.warmup_rounds
         with guard(case, "kernel"):
@@ -190,18 +205,19 @@ class Session:
 
     def _baseline(self, case: Case, problem: Problem) -> Any:
         """The SDPA call to pair with; None for SDPA itself and where SDPA has no right answer to this workload."""
-        if case.implementation.name == "sdpa" or problem.sdpa is None:
+        known = problem.sdpa if case.direction == "forward" else problem.sdpa_gradients
+        if case.implementation.name == "sdpa" or known is None:
             return None
-        sdpa = Case(case.workload, REGISTRY["sdpa"], self.device)
+        sdpa = replace(case, implementation=REGISTRY["sdpa"])
         with guard(sdpa, "builder"), torch.device(self.device):
-            return partial(sdpa.implementation(case.workload), *problem.plain)
+            return problem.call(sdpa, sdpa.implementation(case.workload))
 
-    def reject_impossible(self, case: Case, seconds: float, gpus: int = 1, direction: str = "forward") -> None:
+    def reject_impossible(self, case: Case, seconds: float, gpus: int = 1) -> None:
         """Raise CaseFailed for a time in which this many GPUs could not have done the work."""
         if self.device != "cuda":
             return
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        bound = limits.physical_bound(case.workload, direction, self.datasheet, sms, environment.max_sm_mhz()) / gpus
+        bound = limits.physical_bound(case.workload, case.direction, self.datasheet, sms, environment.max_sm_mhz()) / gpus
         if seconds < bound:
             raise CaseFailed(
                 f"{case.implementation.name} took {seconds * 1e6:.2f} µs, and physics needs {bound * 1e6:.2f} µs: "
@@ -210,19 +226,19 @@ class Session:
 
     def _describe(self, case: Case, seconds: float, verdict: Verdict) -> dict[str, Any]:
         """The flat extra_info that does not come from the samples."""
-        w = case.workload
-        ceiling, gpu = self.ceiling(w.dtype), self.datasheet
-        limit = limits.roofline(w, "forward", gpu, ceiling)
-        return identity(case, self.selection, "forward", seconds) | {
+        ceiling, gpu = self.ceiling(case.workload.dtype), self.datasheet
+        limit = limits.roofline(case.workload, case.direction, gpu, ceiling)
+        return identity(case, self.selection, seconds) | {
             "limit_s": limit.seconds,
             "limit_bound": limit.bound,
             "limit_source": limit.source,
             "percent_of_limit": 100 * limit.seconds / seconds,
             "ceiling_tflops": ceiling.tflops,
             "ceiling_tb_per_s": ceiling.tb_per_s,
-            "datasheet_tflops": gpu and limits.datasheet_tflops(gpu, w.dtype),
+            "datasheet_tflops": gpu and limits.datasheet_tflops(gpu, case.workload.dtype),
             "datasheet_tb_per_s": gpu and gpu.bandwidth,
             "error_over_budget": verdict.error_over_budget,
+            **{f"{name}_error_over_budget": error for name, error in verdict.by_gradient.items()},
             "rms_over_budget": verdict.rms_over_budget,
             "sdpa_over_budget": verdict.sdpa_over_budget,
             "bitwise_repeatable": verdict.bitwise_repeatable,

@@ -81,20 +81,20 @@ class Spreads:
         self.ranks.guarded("connecting", plan.connect, collective=True)
         return plan
 
-    def measure(self, case: Case, form: Form, problem: Problem, benchmark: Any, direction: str = "forward") -> None:
+    def measure(self, case: Case, form: Form, problem: Problem, benchmark: Any) -> None:
         """Check, then time one form of one case. Skips or fails the test, on all ranks, if it cannot be timed."""
         with self.session.outcome(case):
-            if direction == "backward" and not case.implementation.backward:
+            if case.direction == "backward" and not case.implementation.backward:
                 raise Unsupported("forward only")
             started = time.perf_counter()
             trial = self.trial(case, form, problem)
             build_seconds = time.perf_counter() - started
-            calls, verdict = PREPARE[direction](trial)
+            calls, verdict = PREPARE[case.direction](trial)
             timing = self._time(calls, benchmark)
             if not benchmark.enabled:
                 return
             try:
-                facts = self._facts(trial, direction, timing, verdict)
+                facts = self._facts(trial, timing, verdict)
                 self._record(benchmark, facts | {"one_rank_missing": self._alone_missing, "build_s": build_seconds})
             except BaseException:
                 benchmark.has_error = True
@@ -116,16 +116,16 @@ class Spreads:
             "timing", lambda: rounds.run(benchmark, selection.rounds, selection.warmup_rounds), collective=True
         )
 
-    def _facts(self, trial: Trial, direction: str, timing: dict[str, makespan.Track], verdict: SpreadVerdict) -> dict[str, Any]:
+    def _facts(self, trial: Trial, timing: dict[str, makespan.Track], verdict: SpreadVerdict) -> dict[str, Any]:
         """The case's extra_info."""
         case, seconds, size = trial.case, timing["ranks"].median, self.ranks.size
-        probing = partial(scaling.facts, trial.plan, direction, timing, self.probe, self.session.clock)
+        probing = partial(scaling.facts, trial.plan, case.direction, timing, self.probe, self.session.clock)
         facts = self.ranks.guarded("probing", probing, collective=True)
-        self.ranks.guarded("physics", lambda: self.session.reject_impossible(case, seconds, size, direction))
+        self.ranks.guarded("physics", lambda: self.session.reject_impossible(case, seconds, size))
         facts |= {"strategy": trial.form.strategy, "form": trial.form.name}
-        facts |= identity(case, self.session.selection, direction, seconds)
+        facts |= identity(case, self.session.selection, seconds)
         if gpu := self.session.datasheet:
-            limit = limits.roofline(case.workload, direction, gpu, limits.Ceiling(0, 0))
+            limit = limits.roofline(case.workload, case.direction, gpu, limits.Ceiling(0, 0))
             facts |= {"limit_s": limit.seconds / size, "percent_of_limit": 100 * limit.seconds / size / seconds}
         return facts | {
             "error_over_budget": verdict.error_over_budget,

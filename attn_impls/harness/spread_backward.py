@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
-from ..registry import Unsupported
-from . import answers, gradients, sharded
-from .case import CaseFailed, OutOfMemory, guard
+from ..parallel.plan import Graph
+from ..registry import Unsupported, one_line
+from . import answers, backward, sharded
+from .case import CaseFailed, OutOfMemory
 from .judge import poison
 from .oracle import Reference
-from .passes import BackwardPass, of_kernel
 from .sharded import Calls, SpreadVerdict, Trial
+
+
+class BackwardPass:
+    """A plan's gradients. Each call uses up a forward pass that `ready` has made."""
+
+    def __init__(self, trial: Trial, share: Any, upstream: torch.Tensor, silent: bool = False):
+        self.forward = partial(_forward, trial, share)
+        self.backward = partial(trial.plan.backward, upstream=upstream, silent=silent)
+        self.graphs: list[Graph] = []
+
+    def ready(self, calls: int) -> None:
+        """Run as many forward passes; those left over from a round that is measured again go first."""
+        self.graphs.clear()
+        self.graphs.extend(self.forward() for _ in range(calls))
+
+    def __call__(self) -> Any:
+        return self.backward(self.graphs.pop())
 
 
 def errors(trial: Trial) -> dict[str, list[float]]:
@@ -23,66 +41,90 @@ def errors(trial: Trial) -> dict[str, list[float]]:
     case, plan, problem = trial.case, trial.plan, trial.problem
     if not case.implementation.backward:
         raise Unsupported("forward only")
-    share = trial.guarded("sharing", partial(plan.share, *problem.plain))
-    graph = trial.guarded("the forward pass", partial(plan.forward, share))
-    known = _known(trial, plan.holding.weight)
-    upstream = trial.guarded("sharing", lambda: plan.upstream(_dout(trial)))
-    trial.guarded("poisoning", partial(poison, case.workload, case.device))
-    found = trial.guarded("gradients", partial(plan.backward, graph, upstream), collective=True)
-    mine = trial.guarded("comparing", partial(answers.gradient_errors, plan, known, found))
-    everyone = trial.ranks.exchange(mine)
-    return {name: [one[name] for one in everyone] for name in mine}
+    found: dict[str, list[float]] = {}
+    for n, inputs in enumerate((problem.needles, problem.plain)):
+        share = trial.guarded("sharing", partial(plan.share, *inputs))
+        upstream = trial.guarded("sharing", lambda n=n: plan.upstream(problem.douts[n]))  # type: ignore[misc]
+        trial.guarded("the backward pass alone", partial(_rehearse, trial, share, upstream))
+        known = _known(trial, n)
+        graph = trial.guarded("the forward pass", partial(_forward, trial, share))
+        trial.guarded("poisoning", partial(poison, case.workload, case.device))
+        mine = trial.guarded("gradients", partial(plan.backward, graph, upstream), collective=True)
+        compare = partial(answers.gradient_errors, plan, known, problem.gradient_heads, mine)
+        everyone = trial.ranks.exchange(trial.guarded("comparing", compare))
+        for name in everyone[0]:
+            worst = [
+                max(*pair) for pair in zip(found.get(name, [0.0] * len(everyone)), [one[name] for one in everyone], strict=True)
+            ]
+            found[name] = worst
+    return found
 
 
 def prepare(trial: Trial) -> tuple[Calls, SpreadVerdict]:
     """Check, then say what to time: the gradient kernels and what they send, without the forward pass."""
-    plan, found = trial.plan, errors(trial)
+    plan, problem, found = trial.plan, trial.problem, errors(trial)
     alone, error = _alone(trial)
     worst = max(found, key=lambda name: max(found[name]))
     by_rank = found[worst]
     verdict = SpreadVerdict(max(by_rank), by_rank.index(max(by_rank)), error, f"the worst row of d{worst}")
     if verdict.failure:
         raise CaseFailed(f"{trial.case.implementation.name} {verdict.failure}; it is not timed")
-    share = trial.guarded("sharing", partial(plan.share, *trial.problem.plain))
-    upstream = trial.guarded("sharing", lambda: plan.upstream(_dout(trial)))
-    forward = partial(plan.forward, share)
-    calls: Calls = {"ranks": BackwardPass(forward, partial(plan.backward, upstream=upstream))}
+    share = trial.guarded("sharing", partial(plan.share, *problem.plain))
+    upstream = trial.guarded("sharing", lambda: plan.upstream(problem.douts[1]))
+    calls: Calls = {"ranks": BackwardPass(trial, share, upstream)}
     if alone and (error or 0) <= 1:
         calls["one rank"] = alone
     if plan.traffic("backward"):
-        calls["silent"] = BackwardPass(forward, partial(plan.backward, upstream=upstream, silent=True))
+        calls["silent"] = BackwardPass(trial, share, upstream, silent=True)
     return calls, verdict
 
 
-def _dout(trial: Trial) -> torch.Tensor:
-    return gradients.upstream(trial.case.workload, trial.case.device, trial.problem.seed)
+def _forward(trial: Trial, share: Any) -> Graph:
+    graph = trial.plan.forward(share)
+    if not graph.out.requires_grad:
+        raise Unsupported("forward only: its output carries no gradient")
+    return graph
 
 
-def _known(trial: Trial, weight: torch.Tensor | None) -> dict[str, Reference]:
-    make = partial(answers.unsharded_gradients, trial.case.workload, trial.problem.plain, weight=weight)
-    return trial.known(("gradients", weight is not None), lambda: make(dout=_dout(trial)))
+def _rehearse(trial: Trial, share: Any, upstream: torch.Tensor) -> None:
+    """Compile, and learn whether there is a backward pass, before anybody waits for this rank."""
+    try:
+        trial.plan.backward(_forward(trial, share), upstream, silent=True)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if isinstance(error, NotImplementedError) or any(sign in str(error) for sign in backward.FORWARD_ONLY):
+            raise Unsupported(f"forward only: {one_line(error)}") from None
+        raise
+    sharded.synchronize(trial.case.device)
 
 
-def _alone(trial: Trial) -> tuple[BackwardPass | None, float | None]:
+def _known(trial: Trial, n: int) -> dict[str, Reference]:
+    """The answers for the needles (0) or the plain inputs (1), on all ranks."""
+    problem, weight = trial.problem, trial.plan.holding.weight
+    if weight is None:
+        return trial.known(("gradients", n), lambda: problem.gradient_references[n])
+    inputs = (problem.needles, problem.plain)[n]
+    make = partial(answers.unsharded_gradients, trial.case.workload, inputs, weight=weight, kv_heads=problem.gradient_heads["k"])
+    return trial.known(("projected gradients", n), lambda: make(dout=problem.douts[n]))
+
+
+def _alone(trial: Trial) -> tuple[Any, float | None]:
     """The whole problem's backward pass on one rank, and its worst row's error; None where one rank cannot."""
-    case, whole, known = trial.case, trial.whole, _known(trial, None)
+    case, whole, problem = trial.case, trial.whole, trial.problem
     if whole is None:
         return None, None
 
-    def alone() -> tuple[BackwardPass | None, float]:
-        native = trial.problem.plain.as_layout(case.implementation.layout)
-        backward = of_kernel(whole, (native.q, native.k, native.v), sharded.in_layout(_dout(trial), case.implementation.layout))
+    def alone() -> tuple[Any, float]:
+        layout, known = case.implementation.layout, problem.gradient_references[1]
+        native = problem.plain.as_layout(layout)
+        dout = sharded.in_layout(problem.douts[1], layout)
         try:
-            with guard(case, "kernel"):
-                backward.renew(1)
-                found = backward()
-                sharded.synchronize(case.device)
+            found = backward.gradients(case, whole, native, dout)
         except OutOfMemory:  # the parts may still run
             return None, 0.0
-        bhsd = case.implementation.layout == "bhsd"
-        rows = zip("qkv", found, strict=True)
-        return backward, max(known[name].over_budget(one if bhsd else one.transpose(1, 2)) for name, one in rows)
+        over = (known[name].over_budget(one[:, problem.gradient_heads[name]]) for name, one in zip("qkv", found, strict=True))
+        return problem.call(case, whole), max(over)
 
-    backward, error = trial.guarded("one rank alone", alone)
-    fits = all(trial.ranks.exchange(backward is not None))
-    return (backward, trial.worst(error)[0]) if fits else (None, None)
+    call, error = trial.guarded("one rank alone", alone)
+    if not all(trial.ranks.exchange(call is not None)):
+        return None, None
+    return call, trial.worst(error)[0]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..workload import Workload
 from . import limits
+from .case import group
 
 Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
 MIN_KERNEL_WIDTH = 14  # columns below which a kernel's name says nothing
@@ -32,11 +33,12 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
     lines = [Line(text) for text in machine]
     groups: dict[str, list[Benchmark]] = {}
     for benchmark in benchmarks:
-        groups.setdefault(benchmark["extra_info"]["workload"], []).append(benchmark)
+        info = benchmark["extra_info"]
+        groups.setdefault(group(info["workload"], info["direction"]), []).append(benchmark)
     missing, everywhere = _split(not_run, groups)
-    for workload in dict.fromkeys([*groups, *missing]):
+    for name in dict.fromkeys([*groups, *missing]):
         lines.append(Line(""))
-        lines += _group(workload, groups.get(workload, []), missing.get(workload, {}), width)
+        lines += _group(name, groups.get(name, []), missing.get(name, {}), width)
     if everywhere:
         lines += [Line(""), Line("did not run at all", {"bold": True})]
         lines += _reasons(everywhere)
@@ -48,8 +50,8 @@ def wrapped(text: str, width: int) -> list[str]:
     return [text] if len(text) <= width else textwrap.wrap(text, width, subsequent_indent="    ")
 
 
-def _group(workload: str, benchmarks: list[Benchmark], missing: dict[str, str], width: int) -> Iterable[Line]:
-    yield Line(workload + (f"   {_problem(benchmarks[0]['extra_info'])}" if benchmarks else ""), {"bold": True})
+def _group(name: str, benchmarks: list[Benchmark], missing: dict[str, str], width: int) -> Iterable[Line]:
+    yield Line(name + (f"   {_problem(benchmarks[0]['extra_info'])}" if benchmarks else ""), {"bold": True})
     if benchmarks:
         rows = sorted(benchmarks, key=lambda b: b["stats"]["median"])
         yield from table(rows, _columns(rows), width)
@@ -60,7 +62,7 @@ def _problem(info: dict[str, Any]) -> str:
     w = Workload.parse(info["workload"])
     mask = "full" if not w.causal else f"causal, window {w.window}" if w.window else "causal"
     label = f"{info['label']} · " if info.get("label") else ""
-    return f"{label}{mask} · {_quantity(w.flops(), 'FLOP')} · {limits.describe(w, info)}"
+    return f"{label}{mask} · {_quantity(w.flops(info['direction']), 'FLOP')} · {limits.describe(w, info)}"
 
 
 def _columns(rows: list[Benchmark]) -> list[Column]:

@@ -135,7 +135,7 @@ class Plan:
         raise NotImplementedError
 
     def forward(self, share: list[Share]) -> Graph:
-        """A forward pass with its graph, nothing sent. Raises Unsupported where a form or a kernel has no backward."""
+        """A forward pass with its graph, nothing sent. Raises Unsupported where the form has no backward of its own."""
         raise NotImplementedError
 
     def backward(self, graph: Graph, upstream: torch.Tensor, silent: bool = False) -> Gradients:

@@ -21,8 +21,6 @@ from .collectives import all_gather, neighbours
 from .heads import partition
 from .plan import Form, Gradients, Graph, Holding, Plan, Share, Spread, Traffic
 
-NO_BACKWARD = "does not support backward"  # torch flex_attention on a CPU
-
 
 def pick(tensor: torch.Tensor, heads: list[int]) -> torch.Tensor:
     """Some heads of a [B, H, S, D] tensor, copied; zeros for head -1."""
@@ -113,17 +111,7 @@ class Core(Plan):
         if len(share) > 1:
             raise Unsupported("its backward pass is that of 'gather': there is nothing to overlap")
         q, k, v = (tensor.detach().requires_grad_() for tensor in share[0])
-        try:
-            (out,) = self.attend([(q, k, v)])
-        except Unsupported:
-            raise
-        except Exception as error:
-            reason = next((line for line in str(error).splitlines() if NO_BACKWARD in line), "")
-            if reason:
-                raise Unsupported(f"forward only: {reason}") from None
-            raise
-        if not out.requires_grad:
-            raise Unsupported("forward only: its output carries no gradient")
+        (out,) = self.attend([(q, k, v)])
         return Graph((q, k, v), out)
 
     def backward(self, graph: Graph, upstream: torch.Tensor, silent: bool = False) -> Gradients:

@@ -1,0 +1,79 @@
+"""The backward pass of a kernel, as something to call: its gradients alone, or behind a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..registry import Kernel, Unsupported, one_line
+from .case import Case, CaseFailed, guard
+from .inputs import Inputs
+
+# how a library says that it has a forward pass only
+FORWARD_ONLY = (
+    "does not support backward",
+    "derivative for",
+    "no backward",
+    "backward is not supported",
+    "Backward not implemented",
+)
+
+
+class Backward:
+    """dq, dk and dv of a kernel, in its layout. Each call uses up a forward pass that `ready` has made."""
+
+    def __init__(self, kernel: Kernel, inputs: Inputs, dout: torch.Tensor):
+        """inputs, dout: in the kernel's layout."""
+        self.kernel, self.dout = kernel, dout
+        self.leaves = Inputs(*(tensor.detach().requires_grad_() for tensor in inputs))
+        self.outs: list[torch.Tensor] = []
+
+    def ready(self, calls: int) -> None:
+        """Run as many forward passes; those left over from a round that is measured again go first."""
+        self.outs.clear()
+        self.outs.extend(self.kernel(*self.leaves) for _ in range(calls))
+
+    def __call__(self) -> Inputs:
+        return Inputs(*torch.autograd.grad(self.outs.pop(), self.leaves, self.dout))
+
+
+class ForwardBackward(Backward):
+    """The same with its forward pass in the call."""
+
+    def ready(self, calls: int) -> None:
+        pass
+
+    def __call__(self) -> Inputs:
+        return Inputs(*torch.autograd.grad(self.kernel(*self.leaves), self.leaves, self.dout))
+
+
+CALLS: dict[str, Callable[[Kernel, Inputs, torch.Tensor], Any]] = {"backward": Backward, "forward+backward": ForwardBackward}
+
+
+def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
+    """dq, dk and dv, "bhsd", after one synchronised forward and backward pass on tensors in the kernel's layout.
+
+    Raises Unsupported where the kernel says, or shows, that it is forward only; CaseFailed where it fails otherwise.
+    """
+    call = Backward(kernel, inputs, dout)
+    with guard(case, "kernel, asked for gradients,", allowed=True):
+        try:
+            call.ready(1)
+            if not call.outs[0].requires_grad:
+                raise Unsupported("forward only: its output carries no gradient")
+            found = call()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if isinstance(error, NotImplementedError) or any(sign in str(error) for sign in FORWARD_ONLY):
+                raise Unsupported(f"forward only: {one_line(error)}") from None
+            raise
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+    for name, gradient, tensor in zip("qkv", found, inputs, strict=True):
+        if gradient.shape != tensor.shape or gradient.dtype != tensor.dtype:
+            raise CaseFailed(
+                f"{case.implementation.name} returned d{name} {tuple(gradient.shape)} {gradient.dtype}, "
+                f"expected {tuple(tensor.shape)} {tensor.dtype}"
+            )
+    return Inputs(*(t.transpose(1, 2) for t in found)) if case.implementation.layout == "bshd" else found
