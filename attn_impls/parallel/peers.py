@@ -46,6 +46,8 @@ class Peers:
         assert world is not None, "the ranks have met"
         try:
             mine = symmetric.empty(shape, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
+            mine.fill_(float("nan"))  # what nobody writes must not look right
+            torch.cuda.synchronize()
             self.handle: Any = symmetric.rendezvous(mine, world)
         except RuntimeError as error:
             raise Unsupported(f"symmetric memory: {one_line(error)}") from None
