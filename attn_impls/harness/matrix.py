@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..workload import DIRECTIONS
 from . import environment, topology
 from .summary import Benchmark, Column, Line, significant, table, wrapped
 
@@ -53,7 +54,6 @@ def _part(
     yield from _reasons(_empty_cells({key[2:]: reason for key, reason in not_run.items() if key[:2] == part}))
 
 
-DIRECTIONS = ("forward", "backward", "forward+backward")
 LEGEND = (
     "makespan: the slowest rank of each round",
     "speed-up: over the same kernel with the whole problem on one rank, in the same rounds (each rank alone, the slowest taken)",
