@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch.distributed as dist
-from sharding import GQA, IMPLEMENTATIONS, MHA, SHARED_KV, gradients_judged
+from sharding import IMPLEMENTATIONS, MHA, SHARED_KV, gradients_judged
 
 from attn_impls.parallel.projected import Project, ProjectScatter
 from attn_impls.parallel.tensor import Core, Gather, GatherOverlapped
 
 pytestmark = pytest.mark.distributed(strategy="tensor")
 
+GQA = "b2-h8kv4-s64-d32-causal-fp32"
 FORMS = (Core, Gather, Project, ProjectScatter)
 
 

@@ -81,7 +81,7 @@ class Peers:
         jobs = [(self.keeping, places[self.rank], out)]
         for other in self.others:
             pieces = zip(places[other].chunk(parts, 1), out.chunk(parts, 1), strict=True)
-            jobs += [(stream, place, piece) for stream, (place, piece) in zip(queues, pieces, strict=False)]
+            jobs += [(next(queues), place, piece) for place, piece in pieces]
         for stream, place, piece in jobs:
             stream.wait_event(done)
             with torch.cuda.stream(stream):
