@@ -81,9 +81,13 @@ def _mutants(given: argparse.Namespace) -> int:
     workloads = [Workload.parse(text) for text in given.workload or ()]
     workloads = workloads or [w.replace(dtype=DTYPES[given.dtype]) for w in mutation.WORKLOADS]
     discover()
-    lines = list(mutation.report(workloads, given.device, mutation.available(given.device)))
-    print("\n".join(lines))
-    return int(not any(line.startswith("false rejections: 0 ") for line in lines) or lines[-1].startswith("SURVIVED"))
+    fit = True
+    for title, kind in (("outputs", mutation.Bench), ("gradients", mutation.GradientBench)):
+        print(f"{title}:", flush=True)
+        lines = list(mutation.report(workloads, given.device, mutation.available(given.device), kind))
+        print("\n".join(lines), flush=True)
+        fit &= any(line.startswith("false rejections: 0 ") for line in lines) and not lines[-1].startswith("SURVIVED")
+    return int(not fit)
 
 
 if __name__ == "__main__":

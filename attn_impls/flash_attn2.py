@@ -24,4 +24,5 @@ def flash_attn2(w: Workload):
     if w.v_head_dim != w.head_dim:
         raise Unsupported("flash-attn 2 needs v_head_dim = head_dim")
     window = (w.window - 1, 0) if w.window else (-1, -1)
-    return lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=w.scale, causal=w.causal, window_size=window, softcap=w.softcap)
+    options = {"softmax_scale": w.scale, "causal": w.causal, "window_size": window, "softcap": w.softcap}
+    return lambda q, k, v: flash_attn_func(q, k, v, **options)

@@ -28,5 +28,10 @@ def flash_attn3(w: Workload):
         raise Unsupported("the fa3-fwd wheel has no window and no softcap")
     if w.head_dim > 256 or w.head_dim % 8:
         raise Unsupported("FlashAttention-3 takes head dims up to 256, multiples of 8")
+    if w.v_head_dim != w.head_dim and not (
+        (128 < w.head_dim <= 192 and 96 < w.v_head_dim <= 128) or (w.head_dim <= 64 and w.v_head_dim <= 512)
+    ):
+        raise Unsupported("FlashAttention-3 takes another v_head_dim with head_dim ≤ 64, or up to 128 with head_dim up to 192")
     window = (w.window - 1, 0) if w.window else (-1, -1)
-    return lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=w.scale, causal=w.causal, window_size=window, softcap=w.softcap)
+    options = {"softmax_scale": w.scale, "causal": w.causal, "window_size": window, "softcap": w.softcap}
+    return lambda q, k, v: flash_attn_func(q, k, v, **options)

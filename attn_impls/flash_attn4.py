@@ -16,9 +16,10 @@ def flash_attn4(w: Workload):
     if max(w.head_dim, w.v_head_dim) > 256 or w.head_dim % 8 or w.v_head_dim % 8:
         raise Unsupported("FlashAttention-4 takes head dims up to 256, multiples of 8")
     window = (w.window - 1, 0) if w.window else (None, None)
+    options = {"softmax_scale": w.scale, "causal": w.causal, "window_size": window, "softcap": w.softcap}
 
     def kernel(q, k, v):
-        out = flash_attn_func(q, k, v, softmax_scale=w.scale, causal=w.causal, window_size=window, softcap=w.softcap)
+        out = flash_attn_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return kernel

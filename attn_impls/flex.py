@@ -13,6 +13,8 @@ def flex(w: Workload):
     device = torch.get_default_device()
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise Unsupported("torch.compile on a CPU needs a C++ compiler, and there is none on PATH")
+    if device.type == "cpu" and torch.__version__ < "2.6":
+        raise Unsupported("flex_attention on a CPU needs torch 2.6")
     offset, window, cap = w.offset, w.window, w.softcap
 
     def sees(_batch, _head, i, j):

@@ -56,6 +56,8 @@ def _kernel(w: Workload, operator: str = ""):
     fmha = _import_fmha()
     if w.softcap:
         raise Unsupported("xFormers has no softcap")
+    if w.blind_rows and (operator == "cutlass" or (not operator and w.dtype == torch.float32)):
+        raise Unsupported("xFormers' cutlass operator does not give 0 to queries that see no key (causal with q_len > kv_len)")
     op = getattr(fmha, operator).FwOp if operator else None
     bias = _bias(w, fmha.attn_bias)
 

@@ -92,7 +92,7 @@ class FakeGpu:
 
 def sample(clock, call):
     subject = Subject(call)
-    clock.prepare()
+    clock.prepare(subject)
     return clock.sample(subject)
 
 
@@ -142,7 +142,7 @@ def test_spins_do_not_grow_past_the_cap():
 def test_a_host_that_stalls_before_the_call_is_timed_again():
     gpu = FakeGpu()
     clock, subject = DeviceClock(gpu), Subject(gpu.call(KERNEL))
-    clock.prepare()
+    clock.prepare(subject)
     gpu.work(1.5 * FIRST_SPIN)
     found = clock.sample(subject)
     assert clock.retries == 1
@@ -153,7 +153,7 @@ def test_a_host_that_stalls_before_the_call_is_timed_again():
 def test_retries_leave_one_sample_and_are_flushed_like_first_tries():
     gpu = FakeGpu()
     clock, subject = DeviceClock(gpu), Subject(gpu.call(-3 * FIRST_SPIN, KERNEL))
-    clock.prepare()
+    clock.prepare(subject)
     found = clock.sample(subject)
     assert subject.samples == [found]
     assert clock.now == found.seconds
@@ -174,11 +174,11 @@ def test_a_spin_once_lengthened_is_not_learnt_again():
 def test_a_call_that_waits_for_the_device_ends_late_at_the_cap_and_is_host_bound():
     gpu = FakeGpu()
     clock, subject = DeviceClock(gpu), Subject(gpu.item)
-    clock.prepare()
+    clock.prepare(subject)
     assert clock.sample(subject).late
     assert (clock.cycles, clock.retries) == (MAX_CYCLES, ATTEMPTS_TO_CAP - 1)
     for _ in range(9):
-        clock.prepare()
+        clock.prepare(subject)
         clock.sample(subject)
     assert clock.retries == ATTEMPTS_TO_CAP - 1  # at the cap, one try each
     assert gpu.log.count("flush") == ATTEMPTS_TO_CAP + 9
@@ -209,7 +209,7 @@ def test_the_sm_clock_is_recovered_exactly(mhz, host, event, empty):
 
 def test_the_cache_is_cold_and_the_device_idle_before_every_spin():
     gpu = FakeGpu()
-    DeviceClock(gpu).prepare()
+    DeviceClock(gpu).prepare(Subject(gpu.call(KERNEL)))
     idle = 30e-6 + gpu.launch  # the flush, waited for
     spins = (LEAD_CYCLES + FIRST_CYCLES) / MHZ / 1e6
     assert gpu.log == ["flush", ("spin", LEAD_CYCLES), "record", ("spin", FIRST_CYCLES)]
@@ -344,7 +344,7 @@ def host_clock(per_call):
 def test_host_clock_divides_a_round_by_its_loops(loops):
     clock, now, call = host_clock(2.0**-10)
     subject = Subject(call, loops)
-    clock.prepare()
+    clock.prepare(subject)
     found = clock.sample(subject)
     assert now.calls == loops
     assert found[:2] == (2.0**-10, 2.0**-10)
@@ -357,7 +357,7 @@ def test_host_clock_advances_by_one_call_a_round():
     clock, now, call = host_clock(2.0**-10)
     subject = Subject(call, 8)
     for n in range(1, 4):
-        clock.prepare()
+        clock.prepare(subject)
         clock.sample(subject)
         now.seconds += 5.0  # time outside of samples
         assert clock() == n * 2.0**-10

@@ -39,7 +39,7 @@ def qkv(batch, heads, length, dim):
 def samples(clock, call, rounds=50, warmup=5):
     subject = Subject(call)
     for _ in range(warmup + rounds):
-        clock.prepare()
+        clock.prepare(subject)
         clock.sample(subject)
     return subject.samples[warmup:]
 
@@ -120,7 +120,7 @@ def test_a_dawdling_host_changes_nothing(clock):
     plain, slow = Subject(call), Subject(dawdling)
     for _ in range(110):
         for subject in (plain, slow):
-            clock.prepare()
+            clock.prepare(subject)
             clock.sample(subject)
     medians = [statistics.median(s.seconds for s in subject.samples[10:]) for subject in (plain, slow)]
     assert medians[1] == pytest.approx(medians[0], rel=0.005)
@@ -135,15 +135,38 @@ def test_a_call_that_waits_for_the_device_is_host_bound(clock):
     assert not measure.facts(timing, clock)["host_bound"]
 
 
-def test_linear_in_the_work(clock, driver):
+def test_linear_in_the_work(clock, driver, capsys):
     """Spins of known cycles: the time beyond the shortest is proportional, at the SM clock that the clock itself reports."""
     base_cycles = 20_000
     base = samples(clock, lambda: driver.spin(base_cycles), 50)
+    rates = []
     for cycles in (100_000, 400_000, 1_600_000):
         found = samples(clock, lambda: driver.spin(cycles), 50)  # noqa: B023
         extra = statistics.median(s.seconds for s in found) - statistics.median(s.seconds for s in base)
+        rates.append((cycles - base_cycles) / extra * 1e-6)
         mhz = statistics.median(s.sm_mhz for s in found)
-        assert extra == pytest.approx((cycles - base_cycles) / (mhz * 1e6), rel=0.01)
+        with capsys.disabled():
+            print(f"\n  {cycles} cycles: {rates[-1]:.1f} MHz by the time beyond the shortest, {mhz:.1f} MHz as reported", end="")
+        assert mhz == pytest.approx(rates[-1], rel=0.005)
+    assert max(rates) == pytest.approx(min(rates), rel=0.005)
+
+
+def test_events_run_at_the_hosts_rate(driver, capsys):
+    """A second by the GPU's events is a second by the host's clock."""
+    start, stop = driver.event(), driver.event()
+    driver.spin(1000)
+    driver.synchronize()
+    began = time.perf_counter()
+    start.record()
+    for _ in range(500):
+        driver.spin(4_000_000)
+    stop.record()
+    stop.synchronize()
+    host = time.perf_counter() - began
+    device = start.elapsed_time(stop) * 1e-3
+    with capsys.disabled():
+        print(f"\n  {device:.6f} s by events, {host:.6f} s by the host", end="")
+    assert device == pytest.approx(host, rel=1e-3)
 
 
 def test_paired_ratio_of_a_kernel_with_itself_while_the_card_heats(clock, capsys):

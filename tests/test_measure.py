@@ -31,7 +31,7 @@ class FakeClock:
     def reset(self):
         self.resets += 1
 
-    def prepare(self):
+    def prepare(self, _subject):
         self.log.append("prepare")
 
     def sample(self, subject):

@@ -52,6 +52,12 @@ class ForwardBackward(Backward):
 CALLS: dict[str, Callable[[Kernel, Inputs, torch.Tensor], Any]] = {"backward": Backward, "forward+backward": ForwardBackward}
 
 
+def forward_only(error: Exception) -> str:
+    """Why an error means that there is no backward pass, or ""."""
+    said = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in FORWARD_ONLY)]
+    return f"forward only: {said[0] if said else one_line(error)}" if said or isinstance(error, NotImplementedError) else ""
+
+
 def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
     """dq, dk and dv, "bhsd", after one synchronised forward and backward pass on tensors in the kernel's layout.
 
@@ -64,9 +70,11 @@ def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) ->
             if not call.outs[0].requires_grad:
                 raise Unsupported("forward only: its output carries no gradient")
             found = call()
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, NotImplementedError) or any(sign in str(error) for sign in FORWARD_ONLY):
-                raise Unsupported(f"forward only: {one_line(error)}") from None
+        except Unsupported:
+            raise
+        except Exception as error:
+            if reason := forward_only(error):
+                raise Unsupported(reason) from None
             raise
         if case.device == "cuda":
             torch.cuda.synchronize()

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -106,7 +107,7 @@ class DeviceClock:
         agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
         align: Callable[[], None] | None = None,
     ):
-        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads around a spin of 0 cycles.
+        """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads beside a spin's cycles.
 
         align: enqueues, behind the spin, what makes the devices of several ranks start together.
         """
@@ -226,7 +227,7 @@ def median_seconds(clock: Clock, call: Callable[[], Any], rounds: int, warmup: i
 
 
 class Overhead(NamedTuple):
-    """What the two events of a bracket add to the kernel between them, and what they read around an empty spin."""
+    """What the two events of a bracket add to the kernel between them, and what they read beside the cycles of a spin."""
 
     seconds: float
     empty_spin: float
@@ -237,8 +238,11 @@ def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overh
     """The bracket's own time: around an empty spin, minus that kernel's duration as the profiler gives it."""
     clock = DeviceClock(driver)
     bracket = median_seconds(clock, lambda: driver.spin(0), rounds=50, warmup=10)
+    # two spins, one four times the other, tell the cycles from what comes with them (about 1 µs more than an empty spin has)
+    short, long = (median_seconds(clock, partial(driver.spin, n * FIRST_CYCLES), rounds=25, warmup=5) for n in (1, 4))
+    beside = short - (long - short) / 3
     kernel = spin_seconds()
     if kernel is None:
         empty = median_seconds(clock, lambda: None, rounds=50)
-        return Overhead(empty, bracket, "empty bracket: the profiler gave no kernel times")
-    return Overhead(max(0.0, bracket - kernel), bracket, "bracket around an empty spin, minus that kernel in CUPTI")
+        return Overhead(empty, beside, "empty bracket: the profiler gave no kernel times")
+    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI")

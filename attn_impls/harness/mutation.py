@@ -9,10 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..registry import REGISTRY, Implementation, Unsupported
+from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from ..workload import Workload
 from .case import Case, CaseFailed, build
 from .criteria import CRITERIA
+from .gradient_mutants import GRADIENT_MUTANTS
 from .inputs import Inputs
 from .judge import Problem, Verdict
 from .mutants import MUTANTS, Mutant
@@ -93,7 +94,10 @@ class Bench:
 
     def judge(self, mutant: Mutant) -> Verdict:
         case = Case(self.workload, Implementation(mutant.name, mutant.build), self.device)
-        return self.problem.judge(case, mutant.build(self.workload))
+        return self._verdict(case, mutant.build(self.workload))
+
+    def _verdict(self, case: Case, kernel: Kernel) -> Verdict:
+        return self.problem.judge(case, kernel)
 
     @cached_property
     def plain_run(self) -> Tensor:
@@ -111,6 +115,10 @@ class Bench:
             out = kernel(*inputs)  # a kernel that remembers has something to remember
         return {name: not passes(out, self.right, self.plain_run) for name, passes in CRITERIA.items()}
 
+    @property
+    def mutants(self) -> list[Mutant]:
+        return MUTANTS
+
     def try_out(self, mutant: Mutant) -> Trial:
         return Trial(mutant, self.workload, self.differs(mutant), self.judge(mutant), self.caught_by(mutant))
 
@@ -119,25 +127,56 @@ class Bench:
         case = Case(self.workload, implementation, self.device)
         try:
             kernel, _ = build(case, self.problem.plain.as_layout(implementation.layout))
-            return self.problem.judge(case, kernel).failure
+            return self._verdict(case, kernel).failure
         except Unsupported:
             return None
         except CaseFailed as error:
             return str(error).splitlines()[0]
 
 
+class GradientBench(Bench):
+    """The same for gradients: of mutants whose backward pass is broken, and of implementations that have one."""
+
+    @property
+    def mutants(self) -> list[Mutant]:
+        return GRADIENT_MUTANTS
+
+    def differs(self, mutant: Mutant) -> bool:
+        kernel = mutant.build(self.workload)
+        for n, known in enumerate(self.problem.gradient_references):
+            dout = self.problem.douts[n].double()
+            for _ in range(2):
+                leaves = [tensor.detach().requires_grad_() for tensor in self.exact[n][0]]
+                found = torch.autograd.grad(kernel(*leaves), leaves, dout)
+                errors = [known[name].error(gradient) for name, gradient in zip("qkv", found, strict=True)]
+                if not all(bool((error <= DIFFERS).all()) for error in errors):
+                    return True
+        return False
+
+    def _verdict(self, case: Case, kernel: Kernel) -> Verdict:
+        if not case.implementation.backward:
+            raise Unsupported("forward only")
+        return self.problem.judge_gradients(case, kernel)
+
+    def caught_by(self, mutant: Mutant) -> dict[str, bool]:  # noqa: ARG002
+        return {}  # the other projects' criteria are of outputs
+
+
 def available(device: str) -> list[Implementation]:
     return [implementation for implementation in REGISTRY.values() if not implementation.unavailable(device)]
 
 
-def report(workloads: list[Workload], device: str, implementations: list[Implementation], seed: int = 0) -> Iterator[str]:
+def report(
+    workloads: list[Workload], device: str, implementations: list[Implementation], kind: type[Bench] = Bench, seed: int = 0
+) -> Iterator[str]:
     """The table of every mutant on every workload, then what was killed, by whom, and what was rejected wrongly."""
-    trials: dict[str, list[Trial]] = {mutant.name: [] for mutant in MUTANTS}
+    benches = [kind(workload, device, seed) for workload in workloads]
+    mutants = benches[0].mutants
+    trials: dict[str, list[Trial]] = {mutant.name: [] for mutant in mutants}
     rejected: list[str] = []
     judged = 0
-    for workload in workloads:
-        bench = Bench(workload, device, seed)
-        for mutant in MUTANTS:
+    for workload, bench in zip(workloads, benches, strict=True):
+        for mutant in mutants:
             trials[mutant.name].append(bench.try_out(mutant))
         for implementation in implementations:
             complaint = bench.false_rejection(implementation)
@@ -152,8 +191,8 @@ def report(workloads: list[Workload], device: str, implementations: list[Impleme
     every = [trial for row in trials.values() for trial in row]
     must = [trial for trial in every if trial.must_die]
     killed = sum(trial.killed for trial in must)
-    yield f"kill rate: {killed} of {len(must)} ({100 * killed / max(1, len(must)):.1f} %), {len(MUTANTS)} mutants on {device}"
-    for name in CRITERIA:
+    yield f"kill rate: {killed} of {len(must)} ({100 * killed / max(1, len(must)):.1f} %), {len(mutants)} mutants on {device}"
+    for name in every[0].caught_by:
         caught = sum(trial.caught_by[name] for trial in must)
         yield f"  {name + ', randn':<20} {caught} of {len(must)} ({100 * caught / max(1, len(must)):.1f} %)"
     wrongly = [trial for trial in every if trial.wrongly_killed]

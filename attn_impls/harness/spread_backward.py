@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..parallel.plan import Graph
-from ..registry import Unsupported, one_line
+from ..registry import Unsupported
 from . import answers, backward, sharded
-from .case import CaseFailed, OutOfMemory
+from .case import CaseFailed, OutOfMemory, guard
 from .judge import poison
 from .oracle import Reference
 from .sharded import Calls, SpreadVerdict, Trial
@@ -88,13 +88,16 @@ def _forward(trial: Trial, share: Any) -> Graph:
 
 def _rehearse(trial: Trial, share: Any, upstream: torch.Tensor) -> None:
     """Compile, and learn whether there is a backward pass, before anybody waits for this rank."""
-    try:
-        trial.plan.backward(_forward(trial, share), upstream, silent=True)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        if isinstance(error, NotImplementedError) or any(sign in str(error) for sign in backward.FORWARD_ONLY):
-            raise Unsupported(f"forward only: {one_line(error)}") from None
-        raise
-    sharded.synchronize(trial.case.device)
+    with guard(trial.case, "kernel, asked for gradients,", allowed=True):
+        try:
+            trial.plan.backward(_forward(trial, share), upstream, silent=True)
+        except Unsupported:
+            raise
+        except Exception as error:
+            if reason := backward.forward_only(error):
+                raise Unsupported(reason) from None
+            raise
+        sharded.synchronize(trial.case.device)
 
 
 def _known(trial: Trial, n: int) -> dict[str, Reference]:

@@ -34,7 +34,7 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
     groups: dict[str, list[Benchmark]] = {}
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
-        groups.setdefault(group(info["workload"], info["direction"]), []).append(benchmark)
+        groups.setdefault(group(info["workload"], info.get("direction", "forward")), []).append(benchmark)
     missing, everywhere = _split(not_run, groups)
     for name in dict.fromkeys([*groups, *missing]):
         lines.append(Line(""))
@@ -62,7 +62,8 @@ def _problem(info: dict[str, Any]) -> str:
     w = Workload.parse(info["workload"])
     mask = "full" if not w.causal else f"causal, window {w.window}" if w.window else "causal"
     label = f"{info['label']} · " if info.get("label") else ""
-    return f"{label}{mask} · {_quantity(w.flops(info['direction']), 'FLOP')} · {limits.describe(w, info)}"
+    flops = _quantity(w.flops(info.get("direction", "forward")), "FLOP")
+    return f"{label}{mask} · {flops} · {limits.describe(w, info)}"
 
 
 def _columns(rows: list[Benchmark]) -> list[Column]:
