@@ -24,6 +24,7 @@ LseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Ten
 LAYOUTS = ("bhsd", "bshd")
 DEVICES = ("cuda", "cpu")
 ENTRY_POINTS = "attn_impls"
+PRECISIONS = ("int8", "fp8")  # classes of approximate kernels
 
 
 class Unsupported(Exception):
@@ -40,7 +41,7 @@ class Implementation:
     layout: str = "bhsd"
     devices: tuple[str, ...] = ("cuda", "cpu")
     backward: bool = True
-    approximate: bool = False
+    approximate: bool | str = False
     dispatches: bool = False
     install: str = ""
     source: str = ""
@@ -88,7 +89,7 @@ def attention(
     layout: str = "bhsd",
     devices: tuple[str, ...] = ("cuda", "cpu"),
     backward: bool = True,
-    approximate: bool = False,
+    approximate: bool | str = False,
     dispatches: bool = False,
     install: str = "",
 ) -> Callable[[Callable[[Workload], Kernel]], Implementation]:
@@ -96,8 +97,9 @@ def attention(
 
     dist: the distribution whose metadata says whether the library is installed, and its version; with several, any one
     of them will do. layout: of q, k, v and out, "bhsd" or "bshd". devices: types it runs on. backward: whether
-    autograd works. approximate: low-precision inside, and marked so. dispatches: the library chooses
-    among kernels, so what it chose is shown. install: one line that says how to get it.
+    autograd works. approximate: low precision inside, marked so and judged by the budget of its own class: "int8" (q·kᵀ of
+    int8, p·v of fp16), "fp8" (both of fp8), or True for the looser of them. dispatches: the library chooses among kernels, so
+    what it chose is shown. install: one line that says how to get it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"implementation {name!r}: layout is {layout!r}, give one of {', '.join(LAYOUTS)}")
@@ -105,6 +107,8 @@ def attention(
         raise ValueError(f"implementation name {name!r}: use letters, digits, '_', '-' and '.'")
     if not set(devices) <= set(DEVICES) or isinstance(devices, str):
         raise ValueError(f"implementation {name!r}: devices is {devices!r}, give a tuple of {', '.join(DEVICES)}")
+    if approximate not in (False, True, *PRECISIONS):
+        raise ValueError(f"implementation {name!r}: approximate is {approximate!r}, give True, {', '.join(PRECISIONS)} or False")
     dists = (dist,) if isinstance(dist, str) and dist else tuple(dist)
 
     def register(build: Callable[[Workload], Kernel]) -> Implementation:

@@ -55,6 +55,41 @@ def direct_flash_attn4():
     return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
 
 
+def direct_sage():
+    from sageattention import sageattn
+
+    def call(q, k, v):  # sageattn's own smoothing writes into k
+        return sageattn(q, k - k.mean(dim=2, keepdim=True), v, is_causal=True, smooth_k=False)
+
+    return call
+
+
+def direct_cudnn_frontend():
+    import cudnn
+
+    handle, half, single = cudnn.create_handle(), cudnn.data_type.BFLOAT16, cudnn.data_type.FLOAT
+    graph = cudnn.pygraph(io_data_type=half, intermediate_data_type=single, compute_data_type=single, handle=handle)
+    like = torch.empty(W.shapes()["q"], dtype=W.dtype, device="cuda")
+    q, k, v = (graph.tensor_like(like) for _ in range(3))
+    o, _ = graph.sdpa(q=q, k=k, v=v, is_inference=True, attn_scale=SCALE, use_causal_mask=True)
+    o.set_output(True).set_dim(like.shape).set_stride(like.stride())
+    graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
+
+    def call(*inputs):
+        out = torch.empty_like(like)
+        graph.execute({q: inputs[0], k: inputs[1], v: inputs[2], o: out}, workspace, handle=handle)
+        return out
+
+    return call
+
+
+def direct_flashinfer():
+    from flashinfer import single_prefill_with_kv_cache
+
+    return lambda q, k, v: single_prefill_with_kv_cache(q[0], k[0], v[0], causal=True)[None]
+
+
 BACKENDS = torch.nn.attention.SDPBackend
 DIRECT = {
     "sdpa": direct_sdpa,
@@ -68,6 +103,9 @@ DIRECT = {
     "flash_attn2": direct_flash_attn2,
     "flash_attn3": direct_flash_attn3,
     "flash_attn4": direct_flash_attn4,
+    "sage": direct_sage,
+    "cudnn-frontend": direct_cudnn_frontend,
+    "flashinfer": direct_flashinfer,
 }
 
 

@@ -310,12 +310,13 @@ def test_errors_are_measured_in_budgets():
     allowed = (k.exposed.budget * k.exposed.norm)[..., None] * direction
     assert k.exposed.over_budget(k.exposed.out + 0.5 * allowed) == pytest.approx(0.5)
     assert k.exposed.rms_over_budget(k.exposed.out + 0.5 * allowed) == pytest.approx(0.5)
-    assert k.exposed.apart(k.exposed.out + 0.5 * allowed, k.exposed.out - allowed) == pytest.approx(0.75)  # of both budgets
+    apart = k.exposed.apart(k.exposed.out + 0.5 * allowed, k.exposed.out - allowed, k.exposed)
+    assert apart == pytest.approx(0.75)  # of both budgets
     one_row = allowed * (torch.arange(128) == 77)[:, None]
     assert k.exposed.over_budget(k.exposed.out + 7 * one_row) == pytest.approx(7)
     assert k.exposed.rms_over_budget(k.exposed.out + 7 * one_row) == pytest.approx(7 / math.sqrt(128))
     assert k.exposed.over_budget(torch.full_like(k.exposed.out, math.nan)) == math.inf
-    assert k.exposed.apart(k.exposed.out, torch.full_like(k.exposed.out, math.inf)) == math.inf
+    assert k.exposed.apart(k.exposed.out, torch.full_like(k.exposed.out, math.inf), k.exposed) == math.inf
 
 
 def test_rows_may_not_all_be_off_the_same_way():

@@ -18,6 +18,7 @@ W = Workload(batch=1, heads=2, q_len=4, head_dim=8)
 BUILT_IN = (
     *("handcrafted", "compiled", "sdpa", "sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"),
     *("xformers", "xformers-cutlass", "xformers-flash", "flash_attn2", "flash_attn3", "flash_attn4", "flex"),
+    *("sage", "cudnn-frontend", "flashinfer"),
 )
 MISSING = "no-such-distribution"
 
@@ -138,6 +139,7 @@ def test_built_ins():
 
 def test_discovery_imports_no_library(tmp_path):
     libraries = {"xformers", "flash_attn", "flash_attn_interface", "fa3_fwd_interface", "cutlass", "transformer_engine"}
+    libraries |= {"sageattention", "cudnn", "flashinfer"}
     for name in libraries:  # importable, so that an import at module level would show
         (tmp_path / f"{name}.py").write_text("")
     code = """
@@ -230,6 +232,9 @@ def test_broken_without_an_install_line_says_how_to_reinstall(install):
         ("flash_attn4", "flash-attn-4", "flash_attn"),
         ("xformers", "xformers", "xformers"),
         ("xformers-cutlass", "xformers", "xformers"),
+        ("sage", "sageattention", "sageattention"),
+        ("cudnn-frontend", "nvidia-cudnn-frontend", "cudnn"),
+        ("flashinfer", "flashinfer-python", "flashinfer"),
     ],
 )
 def test_a_broken_library_of_a_built_in(install, name, dist, module):

@@ -16,7 +16,7 @@ MINE = """
 import torch
 from attn_impls import attention, Unsupported
 
-@attention("mine", dist="pytest", layout="bshd", approximate=True)
+@attention("mine", dist="pytest", layout="bshd", approximate="int8")
 def mine(w):
     def kernel(q, k, v):
         k, v = (t.repeat_interleave(w.group, 2) for t in (k, v))
@@ -108,7 +108,7 @@ def test_extra_info_names_the_implementation_and_its_library(saved):
         sdpa, handcrafted, mine = (saved.results[f"{identity}-{n}"]["extra_info"] for n in ("sdpa", "handcrafted", "mine"))
         assert sdpa["library"] == handcrafted["library"] == "torch"
         assert (mine["library"], mine["library_version"]) == ("pytest", pytest.__version__)
-        assert (mine["approximate"], sdpa["approximate"]) == (True, False)
+        assert (mine["approximate"], sdpa["approximate"]) == ("int8", False)
         assert sdpa["vs_sdpa"] == 1
         assert handcrafted["vs_sdpa"] > 0
         assert handcrafted["vs_sdpa_ci_low"] <= handcrafted["vs_sdpa_ci_high"]

@@ -14,6 +14,7 @@ from ..registry import REGISTRY, Kernel, Unsupported
 from ..workload import Workload
 from . import backward, gradients
 from . import inputs as make
+from .approximate import loosened
 from .case import Case, CaseFailed, DeviceLost, build, call
 from .inputs import Inputs, as_layout
 from .oracle import Reference, reference
@@ -92,6 +93,18 @@ class Problem:
         """For the needles and for the plain inputs."""
         prefer = make.needle_rows(self.workload, self.seed + 1)
         return reference(self.workload, self.needles, self.seed, prefer), reference(self.workload, self.plain, self.seed)
+
+    def known(self, approximate: bool | str) -> tuple[Reference, Reference]:
+        """`references`, with the budgets of the class that an implementation declares."""
+        if approximate not in self._classes:
+            inputs = self.needles, self.plain
+            one, two = (loosened(self.workload, x, known, approximate) for x, known in zip(inputs, self.references, strict=True))
+            self._classes[approximate] = one, two
+        return self._classes[approximate]
+
+    @cached_property
+    def _classes(self) -> dict[bool | str, tuple[Reference, Reference]]:
+        return {False: self.references}
 
     @cached_property
     def sdpa(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -188,7 +201,7 @@ class Problem:
         return Verdict(
             max(map(known.over_budget, ours)),
             known.rms_over_budget(ours[0]),
-            None if theirs is None else max(known.apart(one, theirs) for one in ours),
+            None if theirs is None else max(known.apart(one, theirs, known) for one in ours),
             None if theirs is None else known.over_budget(theirs),
             repeatable,
             max(map(known.drift_over_budget, ours)),
@@ -200,7 +213,8 @@ class Problem:
         errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
         repeatable = True
         for n, original in enumerate((self.needles, self.plain)):
-            known, copy = self.references[n], original.as_layout(case.implementation.layout)
+            exact, known = self.references[n], self.known(case.implementation.approximate)[n]
+            copy = original.as_layout(case.implementation.layout)
             outs = []
             for _ in range(2):
                 poison(self.workload, self.device)
@@ -215,8 +229,8 @@ class Problem:
             drifts += [known.drift_over_budget(out) for out in outs]
             rms.append(known.rms_over_budget(outs[0]))
             if self.sdpa:
-                apart += [known.apart(out, self.sdpa[n]) for out in outs]
-                sdpa_errors.append(known.over_budget(self.sdpa[n]))
+                apart += [known.apart(out, self.sdpa[n], exact) for out in outs]
+                sdpa_errors.append(exact.over_budget(self.sdpa[n]))
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 

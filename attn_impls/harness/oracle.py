@@ -51,12 +51,12 @@ class Reference:
 
     def drift_over_budget(self, out: torch.Tensor) -> float:
         """The mean over rows of (out − reference)·reference / ‖reference‖², as a multiple of what it may be."""
-        return _worst(_stretch(self.select(out), self.out, self.norm).mean().abs() / self.drift)
+        return _worst(stretches(self.select(out), self.out, self.norm).mean().abs() / self.drift)
 
-    def apart(self, one: torch.Tensor, other: torch.Tensor) -> float:
-        """The worst row's distance between two outputs, as a multiple of the sum of their budgets."""
+    def apart(self, one: torch.Tensor, other: torch.Tensor, others: Reference) -> float:
+        """The worst row's distance between two outputs, as a multiple of the sum of their budgets; the other's is `others`'."""
         distance = (self.select(one) - self.select(other)).norm(dim=-1) / self.norm
-        return _worst(distance / (2 * self.budget))
+        return _worst(distance / (self.budget + others.budget))
 
 
 def reference(w: Workload, inputs: Inputs, seed: int = 0, prefer: torch.Tensor | None = None) -> Reference:
@@ -88,7 +88,7 @@ def budgeted(
         run = run.double()
         error = (run - out).norm(dim=-1) / norm
         scale = torch.maximum(scale, error.clamp(min=float(error.square().mean().sqrt())))
-        stretch = _stretch(run, out, norm)
+        stretch = stretches(run, out, norm)
         noise = max(noise, float(stretch.square().mean().sqrt()))
         drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
     # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
@@ -102,7 +102,7 @@ def only_heads(reference: Reference, heads: list[int]) -> Reference:
     return dataclasses.replace(reference, **parts)
 
 
-def _stretch(out: torch.Tensor, right: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+def stretches(out: torch.Tensor, right: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """By how much each row is longer than it should be, relative, [B, H, R]."""
     return ((out - right) * right).sum(-1) / norm**2
 
@@ -121,13 +121,13 @@ def score_error(w: Workload, scores: torch.Tensor) -> torch.Tensor:
 
 def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
     """Attention written plainly in a dtype, for all query rows or some, [B, H, R, DV]. Rows that see no key are 0."""
-    out = _empty(w, inputs, rows, dtype)
-    for where, _, weights, v in _chunks(w, inputs, rows, dtype, scaled):
+    out = empty(w, inputs, rows, dtype)
+    for where, _, weights, v in chunks(w, inputs, rows, dtype, scaled):
         out[where] = weights @ v
     return out.reshape(w.batch, w.heads, -1, w.v_head_dim)
 
 
-def _empty(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def empty(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Room for an output, [B·KV, G, R, DV]."""
     length = w.q_len if rows is None else len(rows)
     return torch.empty(w.batch * w.kv_heads, w.group, length, w.v_head_dim, dtype=dtype, device=inputs.q.device)
@@ -139,21 +139,26 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
     With unit roundoff u, a score is off by u·√score_error and a weight p rounded once by u·p/√3 (root mean square); each moves
     the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be lucky; this cannot.
     """
-    outs = _empty(w, inputs, rows, torch.float64)
+    outs = empty(w, inputs, rows, torch.float64)
     roundings = torch.empty_like(outs[..., 0])
-    for where, scores, weights, v in _chunks(w, inputs, rows, torch.float64, "scores"):
+    for where, scores, weights, v in chunks(w, inputs, rows, torch.float64, "scores"):
         out = weights @ v  # [n, G, R, DV]
-        spread = (weights.square() * (score_error(w, scores) + 1 / 3)).float()
-        basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
-        moved = (spread @ basis).double()  # Σ of v, of |v|² and of 1, weighted
-        squares = moved[..., -2] - 2 * (moved[..., :-2] * out).sum(-1) + moved[..., -1] * out.square().sum(-1)
+        spread = weights.square() * (score_error(w, scores) + 1 / 3)
+        squares = moved(spread, v, out)
         outs[where] = out
         roundings[where] = squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2)
     shape = (w.batch, w.heads, -1)
     return outs.reshape(*shape, w.v_head_dim), roundings.reshape(shape)
 
 
-def _chunks(
+def moved(spread: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Σ over keys of spread·‖v − out‖², [n, G, R], for spread [n, G, R, Skv], v [n, 1, Skv, DV] and out [n, G, R, DV]."""
+    basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
+    sums = (spread.float() @ basis).double()  # of v, of |v|² and of 1, weighted
+    return sums[..., -2] - 2 * (sums[..., :-2] * out).sum(-1) + sums[..., -1] * out.square().sum(-1)
+
+
+def chunks(
     w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str
 ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For some KV heads and query rows at a time: where they go in [B·KV, G, R], their scores before masking and their

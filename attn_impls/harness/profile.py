@@ -15,6 +15,9 @@ SPIN = "spin_kernel"  # torch.cuda._sleep
 
 # the kernel a dispatching library chose: first match of a part of a kernel's name
 FAMILIES = (
+    ("flashinfer::PrefillWithKVCacheKernel", "fa3"),
+    ("flashinfer::Batch", "fa2"),
+    ("flashinfer::Single", "fa2"),
     ("cudnn", "cudnn"),
     ("flash_attention_for_cpu", "flash"),
     ("flash_attn_3", "flash3"),

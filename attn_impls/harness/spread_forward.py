@@ -17,10 +17,15 @@ def check(trial: Trial) -> SpreadVerdict:
 
     def known() -> list[answers.Reference]:
         held = partial(answers.held, case.workload, holding=plan.holding, size=plan.spread.size)
-        return [held(reference, inputs) for reference, inputs in zip(problem.references, both, strict=True)]
+        return [
+            held(reference, inputs)
+            for reference, inputs in zip(problem.known(case.implementation.approximate), both, strict=True)
+        ]
 
     errors = []
-    for inputs, answer in zip(both, trial.known(("output", trial.form.name), known), strict=True):
+    for inputs, answer in zip(
+        both, trial.known(("output", trial.form.name, case.implementation.approximate), known), strict=True
+    ):
         share = trial.guarded("sharing", partial(plan.share, *inputs))
         for _ in range(2):
             trial.guarded("poisoning", partial(poison, case.workload, case.device))
@@ -50,7 +55,8 @@ def _unsharded_error(trial: Trial) -> float:
     """The worst row of the whole problem's kernel on one rank."""
     case, problem, errors = trial.case, trial.problem, []
     assert trial.whole
-    for inputs, known in zip((problem.needles, problem.plain), problem.references, strict=True):
+    judged = problem.known(case.implementation.approximate)
+    for inputs, known in zip((problem.needles, problem.plain), judged, strict=True):
         out = call(case, trial.whole, inputs.as_layout(case.implementation.layout))
         errors.append(known.over_budget(out if case.implementation.layout == "bhsd" else out.transpose(1, 2)))
     return max(errors)

@@ -175,7 +175,9 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
     if any(info.get("sm_clock_unsteady") for info in infos):
         lines.append("~ the SM clock fell below 95 % of its median in some rounds")
     if any(info.get("approximate") for info in infos):
-        lines.append("≈ approximate kernel: low precision inside, by its own account")
+        classes = sorted({info["approximate"] for info in infos if isinstance(info.get("approximate"), str)})
+        named = f" ({', '.join(classes)})" if classes else ""
+        lines.append(f"≈ approximate kernel{named}, by its own account: its error is a share of what that arithmetic excuses")
     clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
     if clocks:
         lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
