@@ -179,7 +179,12 @@ def test_nothing_selected_is_no_crash(suite_copy):
 @pytest.mark.slow
 def test_usage_errors_are_said_once(suite_copy):
     folder = suite_copy()
-    errors = {"-n2": "pytest-xdist (-n) and torchrun do not go together", "--form=cores": "nearest: core"}
+    errors = {
+        "-n2": "pytest-xdist (-n) and torchrun do not go together",
+        "--form=cores": "nearest: core",
+        "--overlap-along=columns": "--overlap-along 'columns': give auto, heads, rows",
+        "--overlap-streams=2": "--overlap-streams '2': give two whole numbers above 0, with a comma between",
+    }
     for argument, said in errors.items():
         run = torchrun(folder, argument)
         assert run.code != 0
