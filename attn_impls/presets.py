@@ -8,6 +8,8 @@ from .workload import Workload
 PRESETS: dict[str, tuple[str, str]] = {
     "seed": ("b1-h32-s8192-d128-bf16", "the comparison this project grew from: batch 1, seq 8192, embed 4096, 32 heads"),
     "seed-causal": ("b1-h32-s8192-d128-causal-bf16", "the same with a causal mask"),
+    "seed-32k": ("b1-h32-s32768-d128-bf16", "its heads at a length where ranks have enough to do"),
+    "seed-32k-causal": ("b1-h32-s32768-d128-causal-bf16", "the same with a causal mask"),
     "small": ("b8-h16-s512-d64-bf16", "launch-bound: short sequences, where host time decides"),
     "odd": ("b2-h6kv3-s1023-d64-causal-bf16", "no size a multiple of a tile, as in FlashAttention's tests"),
     # language models

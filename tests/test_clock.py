@@ -221,7 +221,7 @@ def test_only_samples_advance_the_clock():
     gpu = FakeGpu()
     clock = DeviceClock(gpu)
     readings = [clock()]
-    for step in (gpu.call(1e-3, -1e-3), gpu.flush, clock.prepare):
+    for step in (gpu.call(1e-3, -1e-3), gpu.flush, lambda: clock.prepare(Subject(gpu.flush))):
         step()
         readings.append(clock())
     assert readings == [0.0] * 4

@@ -2,9 +2,6 @@
 
 import pytest
 
-from attn_impls.parallel import Form
-from attn_impls.parallel.tensor import Core
-
 pytestmark = pytest.mark.distributed(strategy="tensor")
 
 
@@ -12,6 +9,12 @@ def test_tensor_parallel(case, form, problem, spreads, benchmark):
     spreads.measure(case, form, problem, benchmark)
 
 
-def test_tensor_parallel_gradients(case, problem, spreads):
-    errors = spreads.gradient_errors(case, Form("core", Core), problem)
+@pytest.mark.direction("backward")
+def test_tensor_parallel_backward(case, form, problem, spreads, benchmark):
+    spreads.measure(case, form, problem, benchmark)
+
+
+@pytest.mark.direction("backward")
+def test_tensor_parallel_gradients(case, form, problem, spreads):
+    errors = spreads.gradient_errors(case, form, problem)
     assert max(errors.values()) <= 1, f"{case.implementation.name}: {errors} × the budget"

@@ -79,10 +79,10 @@ def test_core_efficiency(spreads, length, capsys):
     discover()
     w, ranks = Workload.parse(f"b1-h32-s{length}-d128-bf16"), spreads.ranks
     case, problem = Case(w, REGISTRY["sdpa-cudnn"], "cuda"), Problem(w, "cuda", 0)
-    plan, _ = spreads.plan(case, Form("core", Core), problem)
+    plan = spreads.plan(case, Form("core", Core), problem)
     with torch.device("cuda"):
         whole = case.implementation(w)
-    calls = {"ranks": partial(plan, plan.share(problem.plain)), "one rank": partial(whole, *problem.plain)}
+    calls = {"ranks": partial(plan, plan.share(*problem.plain)), "one rank": partial(whole, *problem.plain)}
     timing = Rounds(ranks, spreads.session.clock, calls).run(Pedantic(), 50, 10)
     pairs = zip(timing["one rank"].samples, timing["ranks"].samples, strict=True)
     efficiency = statistics.median(one.seconds / all_.seconds for one, all_ in pairs) / ranks.size

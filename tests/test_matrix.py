@@ -6,7 +6,15 @@ W = "b1-h8-s64-d32-bf16"
 
 
 def result(form, implementation, median, **info):
-    facts = {"workload": W, "label": "", "form": form, "implementation": implementation, "imbalance": 1.0125, "slowest_rank": 1}
+    facts = {
+        "workload": W,
+        "direction": "forward",
+        "label": "",
+        "form": form,
+        "implementation": implementation,
+        "imbalance": 1.0125,
+        "slowest_rank": 1,
+    }
     ratio = {"speedup": 1.9, "speedup_ci_low": 1.8, "speedup_ci_high": 2.0, "efficiency": 0.95, "error_over_budget": 0.25}
     return {"stats": {"median": median}, "extra_info": facts | ratio | {"exposed_s": 1e-3} | info}
 
@@ -28,15 +36,27 @@ def test_a_row_says_all_that_was_measured():
         assert cell in row, cell
 
 
+def test_each_direction_has_its_table():
+    results = [result("core", "a", 1e-3), result("core", "a", 3e-3, direction="backward")]
+    lines = text(results, {(W, "backward", "gather", "b"): "b: forward only"})
+    titles = [n for n, line in enumerate(lines) if line.startswith(W)]
+    assert [lines[n] for n in titles] == [f"{W}   forward", f"{W}   backward"]
+    forward, backward = lines[titles[0] : titles[1]], lines[titles[1] :]
+    assert any(line.split()[:3] == ["core", "a", "1"] for line in forward)
+    assert any(line.split()[:3] == ["core", "a", "3"] for line in backward)
+    assert "  gather × b: forward only" in backward
+    assert not any("forward only" in line for line in forward)
+
+
 def test_without_one_rank_s_time_there_is_no_ratio():
     row = next(line for line in text([result("core", "a", 2e-3, speedup=None, efficiency=None)]) if " a " in line)
     assert row.count("–") >= 2
 
 
 def test_a_reason_that_all_forms_share_stands_once():
-    not_run = {(W, form, "absent"): "absent: not installed" for form in ("core", "gather")}
-    not_run[W, "gather", "a"] = "a: q_len is odd"
-    not_run[W, "core", "b"] = "FAILED: b differs from the oracle"
+    not_run = {(W, "forward", form, "absent"): "absent: not installed" for form in ("core", "gather")}
+    not_run[W, "forward", "gather", "a"] = "a: q_len is odd"
+    not_run[W, "forward", "core", "b"] = "FAILED: b differs from the oracle"
     lines = text([result("core", "a", 1e-3)], not_run)
     assert [line for line in lines if "absent" in line] == ["  absent: not installed"]
     assert "  gather × a: q_len is odd" in lines
@@ -46,7 +66,7 @@ def test_a_reason_that_all_forms_share_stands_once():
 
 
 def test_no_line_is_longer_than_the_screen():
-    not_run = {(W, "gather", "a"): "a: " + "a long reason " * 20}
+    not_run = {(W, "forward", "gather", "a"): "a: " + "a long reason " * 20}
     assert max(map(len, text([result("core", "a", 1e-3)], not_run, 80))) <= 80
 
 

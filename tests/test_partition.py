@@ -1,8 +1,11 @@
 """Which heads each rank gets: every head once, each query beside its own KV head, and clear words where it does not go."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from attn_impls import Unsupported, Workload
+from attn_impls import Unsupported, Workload, parallel
 from attn_impls.parallel.heads import partition
 
 
@@ -89,3 +92,10 @@ def test_what_cannot_be_shared_is_said(heads, kv_heads, size, words):
     with pytest.raises(Unsupported) as caught:
         partition(workload(heads, kv_heads), size)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted(Path(parallel.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_strategies_import_nothing_of_the_harness(file):
+    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [getattr(node, "module", None) or "" for node in imports] + [alias.name for node in imports for alias in node.names]
+    assert not [name for name in names if "harness" in name]

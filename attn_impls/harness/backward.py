@@ -52,6 +52,12 @@ class ForwardBackward(Backward):
 CALLS: dict[str, Callable[[Kernel, Inputs, torch.Tensor], Any]] = {"backward": Backward, "forward+backward": ForwardBackward}
 
 
+def forward_only(error: Exception) -> str:
+    """Why an error means that there is no backward pass, or ""."""
+    said = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in FORWARD_ONLY)]
+    return f"forward only: {said[0] if said else one_line(error)}" if said or isinstance(error, NotImplementedError) else ""
+
+
 def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
     """dq, dk and dv, "bhsd", after one synchronised forward and backward pass on tensors in the kernel's layout.
 
@@ -67,9 +73,8 @@ def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) ->
         except Unsupported:
             raise
         except Exception as error:
-            said = [line for line in str(error).splitlines() if any(sign in line for sign in FORWARD_ONLY)]
-            if said or isinstance(error, NotImplementedError):
-                raise Unsupported(f"forward only: {said[0].strip() if said else one_line(error)}") from None
+            if reason := forward_only(error):
+                raise Unsupported(reason) from None
             raise
         if case.device == "cuda":
             torch.cuda.synchronize()

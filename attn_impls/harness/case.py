@@ -59,6 +59,12 @@ def group(workload: Workload | str, direction: str) -> str:
     return str(workload) if direction == "forward" else f"{workload} {direction}"
 
 
+def ungrouped(name: str) -> tuple[str, str]:
+    """The workload and the direction of a group."""
+    workload, _, direction = name.partition(" ")
+    return workload, direction or "forward"
+
+
 def build(case: Case, inputs: Inputs) -> tuple[Kernel, float]:
     """The case's kernel, and the seconds that the builder and the kernel's first call took (compilation included).
 

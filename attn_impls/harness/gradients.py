@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel.plan import only_heads
 from ..workload import Workload
 from .inputs import Inputs
 from .oracle import PLAIN, Reference, budgeted, score_error
@@ -37,14 +36,17 @@ def query_heads(w: Workload, kv_heads: list[int]) -> list[int]:
     return [kv * w.group + member for kv in kv_heads for member in range(w.group)]
 
 
-def reference(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int] | None = None) -> dict[str, Reference]:
+def reference(
+    w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int] | None = None, rounded: Tensor | None = None
+) -> dict[str, Reference]:
     """The right dq, dk and dv, by "q", "k" and "v", each [B, heads, S, D], and the error each row may have.
 
-    kv_heads: compute those of these KV heads, and of the queries that read them, alone.
+    kv_heads: compute those of these KV heads, and of the queries that read them, alone. rounded: what plain arithmetic in the
+    workload's dtype makes of dout, where dout is itself an exact result.
     """
     kv_heads = list(range(w.kv_heads)) if kv_heads is None else kv_heads
     exact, first_order = _exact(w, inputs, dout, kv_heads)
-    plain = [_plain(w, inputs, dout, kv_heads, scaled) for scaled in PLAIN]
+    plain = [_plain(w, inputs, dout if rounded is None else rounded, kv_heads, scaled) for scaled in PLAIN]
     found = {}
     for n, name in enumerate("qkv"):
         norm = exact[n].norm(dim=-1)
@@ -154,15 +156,3 @@ def _plain(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int], scale
         dk[b, n] += dk_heads.float().sum(0) * last
         dv[b, n] += dv_heads.float().sum(0)
     return [dq.flatten(1, 2).to(w.dtype), dk.to(w.dtype), dv.to(w.dtype)]
-
-
-def errors(plan: Any, known: dict[str, Reference], found: Inputs) -> dict[str, float]:
-    """The worst row of each gradient of a rank's own heads, as a share of its budget; `plan` says which heads they are."""
-    heads = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads}
-    errors = {}
-    for name, gradient in zip("qkv", found, strict=True):
-        real = [(position, head) for position, head in enumerate(heads[name]) if head >= 0]
-        if real:
-            mine = only_heads(known[name], [head for _, head in real])
-            errors[name] = mine.over_budget(gradient[:, [position for position, _ in real]])
-    return {name: errors.get(name, 0.0) for name in "qkv"}

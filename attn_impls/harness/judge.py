@@ -170,7 +170,7 @@ class Problem:
             native = as_layout(dout, layout)
             twice = []
             for _ in range(2):
-                self._poison()
+                poison(self.workload, self.device)
                 twice.append(Inputs(*(t.clone() for t in backward.gradients(case, kernel, copy, native))))
             changed = _complaint(None, Inputs(*original), copy, layout)
             if not changed and not torch.equal(dout, native if layout == "bhsd" else native.transpose(1, 2)):
@@ -217,7 +217,7 @@ class Problem:
             copy = original.as_layout(case.implementation.layout)
             outs = []
             for _ in range(2):
-                self._poison()
+                poison(self.workload, self.device)
                 out = call(case, kernel, copy)
                 outs.append(out.transpose(1, 2) if case.implementation.layout == "bshd" else out)
                 outs[-1] = outs[-1].clone()  # a kernel may hand out the same buffer again
@@ -234,13 +234,13 @@ class Problem:
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 
-    def _poison(self) -> None:
-        """Leave NaN in the memory that the allocator will hand out next: a kernel that writes nothing must not look right."""
-        dtype = self.workload.dtype
-        for shape in set(self.workload.shapes().values()):
-            blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * dtype.itemsize)))  # free lists hold many small ones
-            for _ in [torch.full(shape, float("nan"), dtype=dtype, device=self.device) for _ in range(blocks)]:
-                pass
+
+def poison(w: Workload, device: str) -> None:
+    """Leave NaN in the memory that the allocator will hand out next: what writes nothing must not look right."""
+    for shape in set(w.shapes().values()):
+        blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * w.dtype.itemsize)))  # free lists hold many small ones
+        for _ in [torch.full(shape, float("nan"), dtype=w.dtype, device=device) for _ in range(blocks)]:
+            pass
 
 
 def _badness(verdict: Verdict) -> float:

@@ -143,11 +143,15 @@ class Probe:
 
     def __init__(self, ranks: Ranks, clock: Clock, device: str):
         self.ranks, self.clock, self.device = ranks, clock, device
-        self.found: dict[tuple[str, int], float] = {}
+        self.found: dict[tuple[str, int, int], float] = {}
+
+    def together(self, traffic: Traffic) -> int:
+        """How many ranks the collective is among."""
+        return traffic.group.size() if traffic.group else self.ranks.size
 
     def seconds(self, traffic: Traffic) -> float:
         """The median time of the bare collective. All ranks call it together."""
-        key = traffic.collective, traffic.bytes
+        key = traffic.collective, traffic.bytes, self.together(traffic)
         if key not in self.found:
             self.clock.reset()
             self.found[key] = median_seconds(self.clock, self._call(traffic), PROBE_ROUNDS)
@@ -155,7 +159,7 @@ class Probe:
 
     def bus_bytes_per_s(self, traffic: Traffic) -> float:
         """Bus bandwidth as nccl-tests define it: comparable between collectives and numbers of ranks."""
-        n = self.ranks.size
+        n = self.together(traffic)
         factor = {"all_gather": n - 1, "all_reduce": 2 * (n - 1) / n, "reduce_scatter": (n - 1) / n}[traffic.collective]
         return factor * traffic.bytes / self.seconds(traffic)
 
@@ -163,11 +167,11 @@ class Probe:
         def bf16(size: int) -> torch.Tensor:
             return torch.zeros(size // 2, dtype=torch.bfloat16, device=self.device)
 
-        whole, n = bf16(traffic.bytes), self.ranks.size
+        whole, n, group = bf16(traffic.bytes), self.together(traffic), traffic.group
         if traffic.collective == "all_gather":
             into = bf16(traffic.bytes * n)
-            return lambda: all_gather(into, whole).wait()
+            return lambda: all_gather(into, whole, group).wait()
         if traffic.collective == "reduce_scatter":
             part = bf16(traffic.bytes // n)
-            return lambda: reduce_scatter(part, whole)
-        return lambda: dist.all_reduce(whole)
+            return lambda: reduce_scatter(part, whole, group)
+        return lambda: dist.all_reduce(whole, group=group)

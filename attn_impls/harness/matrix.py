@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..workload import DIRECTIONS
 from . import environment, topology
 from .summary import Benchmark, Column, Line, significant, table, wrapped
 
@@ -26,19 +27,31 @@ def describe(info: dict[str, Any]) -> str:
     return f"{info['world_size']} ranks · {info['backend']}{nccl} · {info['topology']}"
 
 
-def render(results: list[Benchmark], not_run: dict[tuple[str, str, str], str], machine: Iterable[str], width: int) -> list[Line]:
+def render(
+    results: list[Benchmark], not_run: dict[tuple[str, str, str, str], str], machine: Iterable[str], width: int
+) -> list[Line]:
     lines = [Line(text) for text in machine]
-    for workload in dict.fromkeys([b["extra_info"]["workload"] for b in results] + [key[0] for key in not_run]):
-        rows = [b for b in results if b["extra_info"]["workload"] == workload]
-        label = rows[0]["extra_info"]["label"] if rows else ""
-        lines += [Line(""), Line(workload + (f"   {label}" if label else ""), {"bold": True})]
-        forms = list(dict.fromkeys(b["extra_info"]["form"] for b in rows))
-        rows.sort(key=lambda b: (forms.index(b["extra_info"]["form"]), b["stats"]["median"]))
-        if rows:
-            lines += table(rows, _columns(rows), width)
-        lines += _reasons(_empty_cells(workload, not_run))
+    told = [(b["extra_info"]["workload"], b["extra_info"]["direction"]) for b in results] + [key[:2] for key in not_run]
+    workloads = dict.fromkeys(workload for workload, _ in told)  # their directions stand together
+    for part in sorted(dict.fromkeys(told), key=lambda part: (list(workloads).index(part[0]), DIRECTIONS.index(part[1]))):
+        lines += [Line(""), *_part(part, results, not_run, width)]
     lines += [Line(""), *(Line(text) for text in LEGEND)]
     return [Line(part, line.style) for line in lines for part in wrapped(line.text, width)]
+
+
+def _part(
+    part: tuple[str, str], results: list[Benchmark], not_run: dict[tuple[str, str, str, str], str], width: int
+) -> Iterable[Line]:
+    """The table of one workload in one direction."""
+    workload, direction = part
+    rows = [b for b in results if (b["extra_info"]["workload"], b["extra_info"]["direction"]) == part]
+    label = rows[0]["extra_info"]["label"] if rows else ""
+    yield Line("   ".join(filter(None, (workload, label, direction))), {"bold": True})
+    forms = list(dict.fromkeys(b["extra_info"]["form"] for b in rows))
+    rows.sort(key=lambda b: (forms.index(b["extra_info"]["form"]), b["stats"]["median"]))
+    if rows:
+        yield from table(rows, _columns(rows), width)
+    yield from _reasons(_empty_cells({key[2:]: reason for key, reason in not_run.items() if key[:2] == part}))
 
 
 LEGEND = (
@@ -88,9 +101,8 @@ def _reasons(reasons: dict[str, str]) -> Iterable[Line]:
         yield Line(f"  {cell}: {reason.removeprefix(f'{name}: ')}", style)
 
 
-def _empty_cells(workload: str, not_run: dict[tuple[str, str, str], str]) -> dict[str, str]:
+def _empty_cells(cells: dict[tuple[str, str], str]) -> dict[str, str]:
     """Why cells are empty; an implementation or a form that is missing for one reason everywhere stands once."""
-    cells = {(form, name): reason for (w, form, name), reason in not_run.items() if w == workload}
     forms, names = (list(dict.fromkeys(cell[n] for cell in cells)) for n in (0, 1))
     found: dict[str, str] = {}
     for name in names:

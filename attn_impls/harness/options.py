@@ -48,12 +48,28 @@ def weights(text: str) -> tuple[int, ...]:
     return tuple(positive(word) for word in text.split(","))
 
 
+def two(text: str) -> tuple[int, ...]:
+    found = weights(text)
+    if len(found) != 2:
+        raise ValueError
+    return found
+
+
+def along(text: str) -> str:
+    if text not in ALONG:
+        raise ValueError
+    return text
+
+
+ALONG = ("auto", "heads", "rows")
 EXPECTED = {
     positive: "a whole number above 0",
     natural: "a whole number, 0 or more, below 2^63",
     seconds: "a number of seconds above 0",
     str: "a word",
     weights: "whole numbers above 0, with commas between",
+    two: "two whole numbers above 0, with a comma between",
+    along: ", ".join(ALONG),
 }
 
 OPTIONS = (
@@ -90,6 +106,14 @@ OPTIONS = (
         (4, 2, 1, 1),
         weights,
     ),
+    Option(
+        "--overlap-along",
+        "NAME",
+        "what gather-copied cuts into chunks: heads, rows, or auto (default: auto, rows for the layout bshd, else heads)",
+        "auto",
+        along,
+    ),
+    Option("--overlap-streams", "N,N", "CUDA streams of gather-copied that compute, and that copy (default: 1,1)", (1, 1), two),
     Option("--pad-heads", "", "distributed: pad heads that the ranks cannot share evenly", False, bool),
     Option("--rank-timeout", "SECONDS", "how long ranks wait for one another (default: 180)", 180.0, seconds),
     Option("--case-timeout", "SECONDS", "end the run, naming the case, if one takes longer (default: 300)", 300.0, seconds),

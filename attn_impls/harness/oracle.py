@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -93,6 +94,12 @@ def budgeted(
     # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
     drift += 4 * noise / norm.numel() ** 0.5
     return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=unit), drift)
+
+
+def only_heads(reference: Reference, heads: list[int]) -> Reference:
+    """The answer for some heads."""
+    parts = {name: getattr(reference, name)[:, heads] for name in ("out", "norm", "budget")}
+    return dataclasses.replace(reference, **parts)
 
 
 def stretches(out: torch.Tensor, right: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from . import environment, matrix, options, progress, rank_start, resume, selection, summary, workers
-from .case import group
+from .case import group, ungrouped
 from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
@@ -205,10 +205,11 @@ def update_json(config: pytest.Config, document: dict[str, Any]) -> None:
     """Say in the JSON why cases did not run, so that a report of it can."""
     session = session_of(config)
     if session.ranks:
-        keys: tuple[str, ...] = ("workload", "form", "implementation")
+        keys: tuple[str, ...] = ("workload", "direction", "form", "implementation")
         reasons: dict[Any, str] = session.spreads.not_run
     else:
-        keys, reasons = ("workload", "implementation"), session.not_run
+        keys = ("workload", "direction", "implementation")
+        reasons = {(*ungrouped(name), implementation): why for (name, implementation), why in session.not_run.items()}
     document["not_run"] = [dict(zip(keys, case, strict=True)) | {"reason": reason} for case, reason in reasons.items()]
 
 

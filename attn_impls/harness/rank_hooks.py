@@ -88,11 +88,14 @@ class RankHooks:
     def _note(self, item: pytest.Item, report: Any) -> None:
         """Remember why a cell of the matrix is empty."""
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if report.passed or not {"workload", "form", "implementation"} <= params.keys():
+        timed = "benchmark" in getattr(item, "fixturenames", ())
+        if report.passed or not timed or not {"workload", "form", "implementation"} <= params.keys():
             return
         first = str(report.longrepr).strip().splitlines()[0]
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {first}"
-        cell = str(params["workload"]), params["form"].name, params["implementation"].name
+        marker = item.get_closest_marker("direction")
+        direction = marker.args[0] if marker else "forward"
+        cell = str(params["workload"]), direction, params["form"].name, params["implementation"].name
         self.session.spreads.not_run.setdefault(cell, reason)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:

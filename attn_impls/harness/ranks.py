@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 
 from ..registry import Unsupported, one_line
-from .case import CaseFailed
+from .case import Broken, CaseFailed, DeviceLost, OutOfMemory
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a rank
 POLL_SECONDS = 0.05
+LOST = "lost"  # the store's key for the first sticky CUDA error
+LOST_SECONDS = 3.0  # without a sign of life, until a rank takes it that it waits for the device that is lost
 # in what gloo and NCCL say where another rank went away
 PEER_SIGNS = ("Connection closed by peer", "Timed out", "timed out", "Connection reset", "Broken pipe")
 # Shares of --rank-timeout. On gloo a collective fails first, then a rank that is stuck says where it stands. NCCL ends the
@@ -46,10 +48,14 @@ class RankLost(pytest.exit.Exception):  # type: ignore[name-defined]  # mypy see
 
 
 class Outcome(NamedTuple):
-    """How a guarded phase ended on one rank: "passed", "skipped" or "failed", and why."""
+    """How a guarded phase ended on one rank: "passed", "skipped" or "failed", why, and the class of a failure."""
 
     kind: str = "passed"
     text: str = ""
+    failure: type[CaseFailed] = CaseFailed
+
+
+GRAVEST = (DeviceLost, Broken, OutOfMemory, CaseFailed)  # what a failure that is not the same on all ranks is on all of them
 
 
 def launched() -> bool:
@@ -68,6 +74,7 @@ class Ranks:
     def __init__(self, timeout: float):
         """timeout: seconds that ranks wait for one another. Meets the others at the store."""
         self.timeout = timeout
+        self.device = "cpu"
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
@@ -161,22 +168,39 @@ class Ranks:
         except Unsupported as error:
             mine = Outcome("skipped", str(error))
         except CaseFailed as error:
-            mine = Outcome("failed", str(error))
+            mine = Outcome("failed", str(error), type(error))
         except pytest.exit.Exception:
             raise
         except (Exception, SystemExit) as error:
-            mine = Outcome("failed", f"{one_line(error)}\n{traceback.format_exc()}")
+            failure = DeviceLost if self._device_lost() else CaseFailed
+            mine = Outcome("failed", f"{one_line(error)}\n{traceback.format_exc()}", failure)
             traceback.clear_frames(error.__traceback__)
+        if mine.failure is DeviceLost:
+            self.store.set(LOST, f"rank {self.rank}: {mine.text}")  # for ranks that wait for this one's device
         outcomes = self.exchange(mine)
         failed = blamed(outcomes, "failed")
         if failed and collective and len({outcome.text for outcome in outcomes}) > 1:
             self._poisoned_by(what, failed)
         self.suspect(what, outcomes)
         if failed:
-            raise CaseFailed(f"{failed}\n(in {what})" if "\n" in failed else f"{failed} (in {what})")
+            classes = {outcome.failure for outcome in outcomes if outcome.kind == "failed"}
+            gravest = next(failure for failure in GRAVEST if failure in classes)
+            if gravest is DeviceLost:
+                self.poison = f"a CUDA device is lost in {what}: {failed.splitlines()[0]}"
+            raise gravest(f"{failed}\n(in {what})" if "\n" in failed else f"{failed} (in {what})")
         if skipped := blamed(outcomes, "skipped"):
             raise Unsupported(skipped)
         return result  # type: ignore[return-value]
+
+    def _device_lost(self) -> bool:
+        """Whether this rank's device has a sticky error. Does not wait: a collective may be waiting for another rank."""
+        if self.device != "cuda":
+            return False
+        try:
+            torch.cuda.current_stream().query()
+        except Exception:
+            return True
+        return False
 
     def suspect(self, what: str, outcomes: list[Outcome]) -> None:
         """Poison the rest of the run where a failure says that a collective broke."""
@@ -241,6 +265,8 @@ class Ranks:
         main = threading.main_thread().ident
         while time.monotonic() - self._beaten < limit:
             time.sleep(min(1.0, limit / 10))
+            if time.monotonic() - self._beaten > LOST_SECONDS and self.store.check([LOST]):
+                self.on_stall(f"waits in {self.phase} for a device that is lost. {self.store.get(LOST).decode()}")
         frame = sys._current_frames().get(main)  # type: ignore[arg-type]
         where = "".join(traceback.format_stack(frame)[-6:])
         self.on_stall(f"stuck for {limit:g} s in {self.phase} (if that is no fault, raise --rank-timeout):\n{where}")

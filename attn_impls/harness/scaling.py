@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import torch
-
-from ..parallel.plan import Form, Plan
-from ..workload import DTYPE_NAMES
+from ..parallel.plan import Plan, Traffic
 from . import measure
-from .case import Case
 from .clock import Clock
 from .makespan import Probe, Track
-from .selection import Selection
 
 
-def facts(plan: Plan, timing: dict[str, Track], probe: Probe, clock: Clock) -> dict[str, Any]:
+def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, clock: Clock) -> dict[str, Any]:
     """The flat extra_info that the rounds, the probe and one more call give. All ranks call it together."""
     track, ranks = timing["ranks"], probe.ranks
-    alone, silent, traffic = timing.get("one rank"), timing.get("silent"), plan.traffic()
+    alone, silent = timing.get("one rank"), timing.get("silent")
     found = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), clock)
     ratio = [found.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]
     cost = measure.cost(track.call, clock, track.median)
@@ -39,44 +33,27 @@ def facts(plan: Plan, timing: dict[str, Track], probe: Probe, clock: Clock) -> d
         "peak_bytes_by_rank": peaks,
         "peak_bytes": None if None in peaks else max(peaks),
     }
-    if traffic:
-        found |= {
-            "collective": traffic.collective,
-            "message_bytes": traffic.bytes,
-            "probe_s": probe.seconds(traffic),
-            "probe_bus_gb_per_s": probe.bus_bytes_per_s(traffic) / 1e9,
-        }
-    bound = bound_seconds(plan, alone.median if alone else None, found.get("probe_s", 0.0), ranks.size)
+    sent = plan.traffic(direction)
+    found |= probed(sent, probe) if sent else {}
+    bound = bound_seconds(plan.bound, sent, alone.median if alone else None, found.get("probe_s", 0.0), ranks.size)
     return found | {"bound_s": bound, "percent_of_bound": bound and 100 * bound / track.median}
 
 
-def bound_seconds(plan: Plan, alone: float | None, communication: float, size: int) -> float | None:
-    """The least time of a form: one rank's time shared out (padding included), with the bare collective beside or behind it."""
+def probed(sent: tuple[Traffic, ...], probe: Probe) -> dict[str, Any]:
+    """What this session's bare collectives do with the same bytes, one after another; the bus bandwidth of the largest."""
+    return {
+        "collective": " + ".join(dict.fromkeys(traffic.collective for traffic in sent)),
+        "message_bytes": sum(traffic.bytes for traffic in sent),
+        "probe_s": sum(probe.seconds(traffic) for traffic in sent),
+        "probe_bus_gb_per_s": probe.bus_bytes_per_s(max(sent, key=lambda traffic: traffic.bytes)) / 1e9,
+    }
+
+
+def bound_seconds(
+    padding: float, sent: tuple[Traffic, ...], alone: float | None, communication: float, size: int
+) -> float | None:
+    """The least time of a form: one rank's time shared out (padding included), with the bare collectives beside or behind it."""
     if alone is None:
         return None
-    compute, traffic = alone / size / plan.bound, plan.traffic()
-    return max(compute, communication) if traffic and traffic.overlapped else compute + communication
-
-
-def identity(case: Case, form: Form, selection: Selection, seconds: float) -> dict[str, Any]:
-    """The flat extra_info that says what was measured; seconds: its median makespan."""
-    w, implementation = case.workload, case.implementation
-    return {
-        "strategy": form.strategy,
-        "form": form.name,
-        "implementation": implementation.name,
-        "library": implementation.dist or "torch",
-        "library_version": implementation.version,
-        "approximate": implementation.approximate,
-        "layout": implementation.layout,
-        "workload": str(w),
-        **{name: getattr(w, name) for name in w.__dataclass_fields__},
-        "dtype": DTYPE_NAMES[w.dtype],
-        "label": selection.labels.get(w, ""),
-        "direction": "forward",
-        "device": torch.cuda.get_device_name() if case.device == "cuda" else "cpu",
-        "flops": w.flops(),
-        "tflops": w.flops() / seconds / 1e12,
-        "seed": selection.seed,
-        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    compute = alone / size / padding
+    return max(compute, communication) if any(traffic.overlapped for traffic in sent) else compute + communication

@@ -42,6 +42,8 @@ class Selection:
     case_timeout: float = 300.0
     forms: dict[str, tuple[Form, ...]] = field(default_factory=dict)  # of each distributed strategy
     overlap_chunks: tuple[int, ...] = (1,)
+    overlap_along: str = "auto"
+    overlap_streams: tuple[int, ...] = (1, 1)
     pad_heads: bool = False
     cpu_rule: str = ""  # how presets were scaled, where they were
 
@@ -72,6 +74,8 @@ def resolve(options: dict[str, Any]) -> Selection:
         options["case_timeout"],
         forms,
         options["overlap_chunks"],
+        options["overlap_along"],
+        options["overlap_streams"],
         options["pad_heads"],
         CPU_RULE if scaled else "",
     )

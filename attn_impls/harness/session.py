@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
-from ..workload import DTYPE_NAMES
 from . import backward, environment, limits, makespan, measure, probes, profile, resume
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
+from .identity import identity
 from .inputs import as_layout
 from .journal import Journal
 from .judge import Problem, Verdict
@@ -117,7 +117,7 @@ class Session:
     def verdict(self, case: Case, problem: Problem) -> Verdict:
         """The case's verdict, computed once a session. Skips or fails the test if there can be none."""
         if case not in self._checked:
-            with self._outcome(case):
+            with self.outcome(case):
                 self._prepare(case, problem)
         return self._checked[case][0]
 
@@ -126,17 +126,18 @@ class Session:
         if self.resumed and (result := self.resumed.play(benchmark)):
             self.results.append(result)
             return
-        with self._outcome(case):
+        with self.outcome(case):
             self._measure(case, problem, benchmark)
 
     @contextlib.contextmanager
-    def _outcome(self, case: Case) -> Iterator[None]:
+    def outcome(self, case: Case) -> Iterator[None]:
         """Turn what a case raises into pytest's outcome, and free its memory."""
+        failure, skipped = None, None
         try:
             yield
-            failure = None
         except Unsupported as error:
-            raise pytest.skip.Exception(f"{case.implementation.name}: {error}") from None
+            skipped = error
+            traceback.clear_frames(error.__traceback__)
         except CaseFailed as error:
             failure = error
             traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
@@ -145,6 +146,8 @@ class Session:
             self.broken[case.implementation.name] = str(failure).splitlines()[0]
         if isinstance(failure, DeviceLost):
             self.lost = str(failure).splitlines()[0]
+        if skipped:
+            raise pytest.skip.Exception(f"{case.implementation.name}: {skipped}") from None
         if failure:
             raise pytest.fail.Exception(str(failure), pytrace=False) from None
 
@@ -231,41 +234,22 @@ class Session:
 
     def _describe(self, case: Case, seconds: float, verdict: Verdict) -> dict[str, Any]:
         """The flat extra_info that does not come from the samples."""
-        w, implementation, direction = case.workload, case.implementation, case.direction
-        ceiling, gpu = self.ceiling(w.dtype), self.datasheet
-        limit = limits.roofline(w, direction, gpu, ceiling)
-        fields = {name: getattr(w, name) for name in w.__dataclass_fields__}
-        return {
-            "implementation": implementation.name,
-            "library": implementation.dist or "torch",
-            "library_version": implementation.version,
-            "approximate": implementation.approximate,
-            "layout": implementation.layout,
-            "workload": str(w),
-            **fields,
-            "dtype": DTYPE_NAMES[w.dtype],
-            "label": self.selection.labels.get(w, ""),
-            "direction": direction,
-            "device": self.machine_info["gpu"] or "cpu",
-            "flops": w.flops(direction),
-            "bytes": w.bytes(direction),
-            "tflops": w.flops(direction) / seconds / 1e12,
-            "tb_per_s": w.bytes(direction) / seconds / 1e12,
+        ceiling, gpu = self.ceiling(case.workload.dtype), self.datasheet
+        limit = limits.roofline(case.workload, case.direction, gpu, ceiling)
+        return identity(case, self.selection, seconds) | {
             "limit_s": limit.seconds,
             "limit_bound": limit.bound,
             "limit_source": limit.source,
             "percent_of_limit": 100 * limit.seconds / seconds,
             "ceiling_tflops": ceiling.tflops,
             "ceiling_tb_per_s": ceiling.tb_per_s,
-            "datasheet_tflops": gpu and limits.datasheet_tflops(gpu, w.dtype),
+            "datasheet_tflops": gpu and limits.datasheet_tflops(gpu, case.workload.dtype),
             "datasheet_tb_per_s": gpu and gpu.bandwidth,
             "error_over_budget": verdict.error_over_budget,
             **{f"{name}_error_over_budget": error for name, error in verdict.by_gradient.items()},
             "rms_over_budget": verdict.rms_over_budget,
             "sdpa_over_budget": verdict.sdpa_over_budget,
             "bitwise_repeatable": verdict.bitwise_repeatable,
-            "seed": self.selection.seed,
-            "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 

@@ -1,7 +1,6 @@
-"""Tensor parallel with the gather on the copy engines: each chunk of heads is pushed into every rank's output over NVLink.
+"""Tensor parallel with the gather on the copy engines: each chunk is pushed into every rank's output over NVLink.
 
-A collective's kernel takes SMs from attention, and waits for them behind it; a copy takes none. The output lives in symmetric
-memory (torch.distributed._symmetric_memory), which maps every rank's buffer into each of them.
+A collective's kernel takes SMs from attention, and waits for them behind it; a copy takes none.
 """
 
 from __future__ import annotations
@@ -9,54 +8,100 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..registry import Unsupported
-from .plan import Form, Spread
-from .tensor import GatherOverlapped
+from ..workload import Workload
+from .heads import in_proportion
+from .peers import Peers
+from .plan import Form, Share, Spread
+from .tensor import Gather
+
+TILE = 128  # query rows that one thread block of a forward kernel takes: chunks of rows are whole ones
 
 
-class GatherCopied(GatherOverlapped):
-    """`gather-overlapped` with copies for collectives. The output's buffer is used again by the next call."""
+def row_chunks(length: int, weights: tuple[int, ...]) -> list[range]:
+    """Query rows in chunks of whole tiles, about in proportion to the weights.
+
+    The last rows come first: with a causal mask they see the most keys, and the last chunk's copy hides behind nothing.
+    """
+    chunks, stop = [], length
+    for tiles in in_proportion(-(-length // TILE), weights):
+        start = max(0, -(-stop // TILE) - tiles) * TILE
+        chunks.append(range(start, stop))
+        stop = start
+    return chunks
+
+
+class GatherCopied(Gather):
+    """`gather` in chunks of heads or of query rows, each on its way while the next is computed. The next call writes to the
+    same buffer.
+
+    A rank's heads are a block of memory in the layout "bhsd", and a column in "bshd", whose width is what its copies run
+    at: so rows are cut there, unless told otherwise.
+    """
+
+    peers_of = Peers  # how the ranks reach each other's outputs
 
     def __init__(self, spread: Spread):
-        if spread.device != "cuda":
-            raise Unsupported("copy engines and symmetric memory are a GPU's")
+        self.peers_of.check(spread.device, spread.size)
+        along = spread.overlap_along
+        self.along = along if along != "auto" else "heads" if spread.layout == "bhsd" else "rows"
+        w = spread.workload
+        if self.along == "rows" and w.blind_rows:
+            raise Unsupported("rows that see no key make no chunk: --overlap-along heads")
+        self.rows = row_chunks(w.q_len, spread.overlap_chunks if self.along == "rows" else (1,))
         super().__init__(spread)
-        if not self.in_place:
-            raise Unsupported('a copy moves one block: layout "bhsd" at batch 1 only')
-        self.handle: Any = None
-        self.outputs: list[torch.Tensor] = []  # of every rank, seen from here
+        if len(self.kernels) == 1:
+            raise Unsupported(f"one chunk of {self.along} a rank: there is nothing to overlap with")
+        self.row_dim = 3 - self.head_dim
+        self.peers: Any = None
+
+    def chunk_weights(self) -> tuple[int, ...]:
+        return self.spread.overlap_chunks if self.along == "heads" else (1,)
+
+    def chunk_workloads(self) -> list[Workload]:
+        if self.along == "heads":
+            return super().chunk_workloads()
+        whole = self.partition.local(0)
+        return [whole.replace(q_len=len(rows), kv_len=self.keys(rows)) for rows in self.rows]
+
+    def keys(self, rows: range) -> int:
+        """How many keys, from the first, a chunk of query rows may see."""
+        w = self.spread.workload
+        return rows.stop + w.offset if w.causal else w.kv_len
+
+    def share(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Share]:
+        shares = super().share(q, k, v)
+        if self.along == "heads":
+            return shares
+        ((q, k, v),) = shares
+        return [
+            (self.cut(q, rows), self.cut(k, range(self.keys(rows))), self.cut(v, range(self.keys(rows)))) for rows in self.rows
+        ]
+
+    def cut(self, tensor: torch.Tensor, rows: range) -> torch.Tensor:
+        return tensor.narrow(self.row_dim, rows.start, len(rows)).contiguous()
 
     def connect(self) -> None:
-        # private in name, the documented way to it: PyTorch's own tensor-parallel overlap stands on it
-        from torch.distributed import _symmetric_memory as symmetric
-
         super().connect()
-        p, device = self.partition, torch.device("cuda", torch.cuda.current_device())
-        shape = p.padded.shapes(self.spread.layout)["out"]
-        mine = symmetric.empty(shape, dtype=p.padded.dtype, device=device)
-        world = dist.group.WORLD
-        assert world is not None, "the ranks have met"
-        self.handle = symmetric.rendezvous(mine, world)
-        self.outputs = [self.handle.get_buffer(rank, shape, p.padded.dtype) for rank in range(p.size)]
-        self.copies = torch.cuda.Stream()
+        p, spread = self.partition, self.spread
+        shape = p.padded.shapes(spread.layout)["out"]
+        self.peers = self.peers_of(shape, p.padded.dtype, spread.rank, spread.size, spread.overlap_streams)
 
-    def __call__(self, share: list[Any]) -> torch.Tensor:
-        compute, rank = torch.cuda.current_stream(), self.spread.rank
-        self.handle.barrier(channel=0)  # nobody reads the last result any more
-        for chunk, (kernel, inputs) in enumerate(zip(self.kernels, share, strict=True)):
-            out = kernel(*inputs)
-            self.copies.wait_stream(compute)
-            slots = self.partition.slots(rank, chunk)
-            with torch.cuda.stream(self.copies):
-                for output in self.outputs:
-                    output.narrow(self.head_dim, slots.start, len(slots)).copy_(out, non_blocking=True)
-            out.record_stream(self.copies)
-        compute.wait_stream(self.copies)
-        self.handle.barrier(channel=1)  # everybody's heads have landed
-        full, real = self.outputs[rank], self.partition.real_slots
-        return full if real is None else full[:, real]
+    def place(self, full: torch.Tensor, chunk: int) -> torch.Tensor:
+        """Where a chunk of this rank's goes in an output."""
+        by_heads = self.along == "heads"
+        slots, rows = self.partition.slots(self.spread.rank, chunk if by_heads else 0), self.rows[0 if by_heads else chunk]
+        return full.narrow(self.head_dim, slots.start, len(slots)).narrow(self.row_dim, rows.start, len(rows))
+
+    def __call__(self, share: list[Share]) -> torch.Tensor:
+        peers = self.peers
+        peers.enter()
+        for chunk, (kernel, tensors) in enumerate(zip(self.kernels, share, strict=True)):
+            with peers.computing(chunk):
+                peers.push(kernel(*tensors), [self.place(full, chunk) for full in peers.outputs])
+        peers.leave()
+        return self.without_padding(peers.outputs[self.spread.rank])
 
 
 FORMS = (Form("gather-copied", GatherCopied),)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from ..harness.inputs import Inputs
 from ..registry import Unsupported
-from .plan import Form, Spread
+from .plan import Form, Share, Spread
 from .tensor import Core
 
 # how DTensor says that it cannot shard an operator
@@ -28,7 +27,7 @@ class DTensorCore(Core):
         with torch.device(spread.device):
             self.kernels = [spread.implementation(self.partition.padded)]  # DTensors have the whole workload's shape
 
-    def rehearse(self, share: list[Inputs]) -> None:
+    def rehearse(self, share: list[Share]) -> None:
         """Nothing: DTensor's first call takes all ranks."""
 
     def connect(self) -> None:
@@ -39,7 +38,7 @@ class DTensorCore(Core):
             raise Unsupported("DTensor cannot give two ranks one KV head")
         self.mesh = init_device_mesh(self.spread.device, (self.spread.size,))
 
-    def attend(self, share: list[Inputs]) -> list[torch.Tensor]:
+    def attend(self, share: list[Share]) -> list[torch.Tensor]:
         from torch.distributed.tensor import DTensor, Shard
 
         dtensors = [DTensor.from_local(tensor, self.mesh, [Shard(1)], run_check=False) for tensor in share[0]]

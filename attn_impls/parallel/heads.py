@@ -90,7 +90,7 @@ def partition(w: Workload, size: int, weights: tuple[int, ...] = (1,), pad: bool
     local = padded.heads // size
     whole_kv = padded.kv_heads % size == 0
     unit = padded.group if whole_kv else 1
-    chunks = tuple(unit * share for share in _shares(local // unit, weights))
+    chunks = tuple(unit * share for share in in_proportion(local // unit, weights))
     return Partition(w, padded, size, chunks, interleaved=whole_kv)
 
 
@@ -115,7 +115,7 @@ def _padded(w: Workload, size: int) -> Workload:
     return w.replace(heads=heads, kv_heads=kv_heads)
 
 
-def _shares(units: int, weights: tuple[int, ...]) -> list[int]:
+def in_proportion(units: int, weights: tuple[int, ...]) -> list[int]:
     """Whole numbers above 0 that add up to `units`, about in proportion to the weights; fewer where units are few."""
     weights = weights[:units]
     shares = [max(1, units * weight // sum(weights)) for weight in weights]
