@@ -77,7 +77,7 @@ PRESETS |= {
 
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")
 
-CPU_RULE = "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window ÷ 16 (not below 32)"
+CPU_RULE = "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window ÷ 32 (not below 32)"
 
 
 def preset(name: str) -> Workload:
@@ -90,7 +90,7 @@ def cpu_sized(w: Workload) -> Workload:
     divide = next(n for n in (4, 2, 1) if w.heads % n == 0 and w.kv_heads % n == 0)
 
     def shorter(length: int) -> int:
-        return max(length // 16, min(length, 32))
+        return max(length // 32, min(length, 32))
 
     return w.replace(
         batch=min(w.batch, 2),

@@ -44,6 +44,12 @@ class Run:
         document = json.loads((self.cwd / "run.json").read_text())
         return {benchmark["param"]: benchmark for benchmark in document["benchmarks"]}
 
+    @cached_property
+    def names(self) -> dict[str, dict[str, Any]]:
+        """The same by the test's name."""
+        document = json.loads((self.cwd / "run.json").read_text())
+        return {benchmark["name"]: benchmark for benchmark in document["benchmarks"]}
+
     @property
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.strip()]

@@ -130,9 +130,10 @@ def test_collection_lists_the_ids_workload_outermost_and_leaves_nothing(run_suit
     run = run_suite("--co", "-q", "--workload", f"{FULL},{CAUSAL}", *TWO, cwd=folder)
     names = [f"{identity}-{name}" for identity in (FULL, CAUSAL) for name in ("sdpa", "handcrafted")]
     assert run.code == 0
-    for test in ("test_forward", "test_oracle", "test_allclose_to_sdpa"):
+    tests = ("test_forward", "test_oracle", "test_allclose_to_sdpa", "test_gradients_oracle", "test_gradients_allclose_to_sdpa")
+    for test in tests:
         assert [name for name in run.ids if name.startswith(test)] == [f"{test}[{name}]" for name in names]
-    assert len(run.ids) == 3 * len(names)
+    assert len(run.ids) == len(tests) * len(names)
     assert "attention" not in run.out
     assert not run.err
     assert set(listing(folder)) - {".benchmarks"} == set(before) - {".benchmarks"}  # pytest-benchmark makes its storage
@@ -158,9 +159,9 @@ def collected(run_suite, folder, *arguments):
 
 # the arguments: the ids of the workloads they select
 SELECTIONS = {
-    "--workload seed": "b1-h8-s512-d128-bf16",
-    "--workload seed*": "b1-h8-s512-d128-bf16 b1-h8-s512-d128-causal-bf16",
-    f"--workload {FULL} --workload odd": f"{FULL} b2-h6kv3-s63-d64-causal-bf16",
+    "--workload seed": "b1-h8-s256-d128-bf16",
+    "--workload seed,seed-c*": "b1-h8-s256-d128-bf16 b1-h8-s256-d128-causal-bf16",
+    f"--workload {FULL} --workload odd": f"{FULL} b2-h6kv3-s32-d64-causal-bf16",
     f"--workload {FULL},{FULL}": FULL,
     "--seq-len 64 --num-heads 2": "b1-h2-s64-d128-bf16",
     f"--workload {FULL} --seq-len 16,32 --mask full,causal": f"b1-h2-s16-d16-fp32 b1-h2-s16-d16-causal-fp32 {FULL} {CAUSAL}",
@@ -322,13 +323,13 @@ def test_xdist_correctness(run_suite):
 def test_benchmarks_disabled(run_suite):
     run = run_suite(*TINY, "--benchmark-disable")
     assert run.code == 0
-    assert "6 passed" in run.out
+    assert "10 passed" in run.out
     assert not run.table
 
 
 def test_benchmarks_skipped(run_suite):
     run = run_suite(*TINY, "--benchmark-skip")
     assert run.code == 0
-    assert "4 passed, 2 skipped" in run.out
+    assert "8 passed, 2 skipped" in run.out
     assert not run.table
     assert not list(run.cwd.rglob("*.jsonl"))

@@ -136,8 +136,8 @@ def test_a_cpu_loops_for_a_millisecond_and_warms_up_for_200_ms(run, baseline, wa
 def test_a_slow_cpu_call_is_not_looped(run):
     clock = FakeClock("host", cost=0.5, seconds=lambda _: 0.5)
     _, benchmark, calls = run(clock, baseline=False)
-    assert benchmark.given == (20, 3)
-    assert len(calls) == 2 + 20 + 3
+    assert benchmark.given == (7, 3)
+    assert len(calls) == 2 + 7 + 3
 
 
 @pytest.mark.parametrize(("options", "given"), [({"rounds": 7}, (7, 10)), ({"warmup_rounds": 0}, (100, 0))])

@@ -64,20 +64,20 @@ def test_cpu_sized_presets(name):
 @pytest.mark.parametrize(
     ("full", "small"),
     [
-        ("b1-h32-s8192-d128-bf16", "b1-h8-s512-d128-bf16"),
+        ("b1-h32-s8192-d128-bf16", "b1-h8-s256-d128-bf16"),
         ("b8-h16-s512-d64-fp16", "b2-h4-s32-d64-fp16"),
-        ("b2-h32kv8-s1024-d64-causal-bf16", "b2-h8kv2-s64-d64-causal-bf16"),
-        ("b1-h28kv4-s8192-d128-causal-bf16", "b1-h7kv1-s512-d128-causal-bf16"),
-        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s63-d64-bf16"),  # ÷ 2
-        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s63-d64-bf16"),  # 4 divides the heads only
-        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s63-d64-bf16"),  # neither
-        ("b1-h4-q1kv8192-d128-causal-bf16", "b1-h1-q1kv512-d128-causal-bf16"),
-        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q256kv32-d40-bf16"),
-        ("b1-h4-s256-d72-bf16", "b1-h1-s32-d72-bf16"),  # 16 is below 32
+        ("b2-h32kv8-s1024-d64-causal-bf16", "b2-h8kv2-s32-d64-causal-bf16"),
+        ("b1-h28kv4-s8192-d128-causal-bf16", "b1-h7kv1-s256-d128-causal-bf16"),
+        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s32-d64-bf16"),  # ÷ 2
+        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s32-d64-bf16"),  # 4 divides the heads only
+        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s32-d64-bf16"),  # neither
+        ("b1-h4-q1kv8192-d128-causal-bf16", "b1-h1-q1kv256-d128-causal-bf16"),
+        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q128kv32-d40-bf16"),
+        ("b1-h4-s256-d72-bf16", "b1-h1-s32-d72-bf16"),  # 8 is below 32
         ("b1-h4-s20-d72-bf16", "b1-h1-s20-d72-bf16"),
-        ("b1-h16kv8-s8192-d256-causal-win4096-cap50-bf16", "b1-h4kv2-s512-d256-causal-win256-cap50-bf16"),
-        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s512-d64-causal-win32-bf16"),
-        ("b1-h128-s4096-d192v128-causal-scale144-bf16", "b1-h32-s256-d192v128-causal-scale144-bf16"),
+        ("b1-h16kv8-s8192-d256-causal-win4096-cap50-bf16", "b1-h4kv2-s256-d256-causal-win128-cap50-bf16"),
+        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s256-d64-causal-win32-bf16"),
+        ("b1-h128-s4096-d192v128-causal-scale144-bf16", "b1-h32-s128-d192v128-causal-scale144-bf16"),
     ],
 )
 def test_cpu_sized_by_the_rule(full, small):
@@ -85,7 +85,7 @@ def test_cpu_sized_by_the_rule(full, small):
 
 
 def test_the_rule_in_words():
-    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window ÷ 16", "not below 32"):
+    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window ÷ 32", "not below 32"):
         assert words in CPU_RULE
 
 
@@ -105,5 +105,5 @@ def test_cpu_sized_anything(data):
     assert w.heads in (small.heads, 2 * small.heads, 4 * small.heads)
     for field in ("q_len", "kv_len", "window"):
         before, after = getattr(w, field), getattr(small, field)
-        assert after == before // 16 if before >= 512 else after == min(before, 32)
+        assert after == before // 32 if before >= 1024 else after == min(before, 32)
     assert small.pairs <= w.pairs

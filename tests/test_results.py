@@ -145,7 +145,7 @@ def test_journal_holds_what_the_json_does(run_suite, saved):
     one, other = (json.loads((saved.cwd / name).read_text()) for name in ("run.json", "made/journal.json"))
     assert one["machine_info"] == other["machine_info"]
     assert one["commit_info"] == other["commit_info"]
-    assert one.keys() == other.keys()
+    assert one.keys() - {"not_run"} == other.keys()  # which pytest-benchmark's hook adds as the run ends
     assert one["benchmarks"] == other["benchmarks"]
 
 

@@ -179,14 +179,7 @@ class Problem:
                 known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
                 ours, theirs = [getattr(one, name) for one in twice], sdpa and getattr(sdpa, name)
                 found[name].append(self._gradient_verdict(name, known, ours, theirs, changed))
-        worst = {name: max(verdicts, key=_badness) for name, verdicts in found.items()}
-        of = max(worst, key=lambda name: _badness(worst[name]))
-        return replace(
-            worst[of],
-            bitwise_repeatable=all(v.bitwise_repeatable for verdicts in found.values() for v in verdicts),
-            sdpa_error_over_budget=_most(v.sdpa_error_over_budget for verdicts in found.values() for v in verdicts),
-            by_gradient={f"d{name}": verdict.error_over_budget for name, verdict in worst.items()},
-        )
+        return _worst_of(found)
 
     def _gradient_verdict(
         self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None, complaint: str
@@ -243,8 +236,20 @@ def poison(w: Workload, device: str) -> None:
             pass
 
 
-def _badness(verdict: Verdict) -> float:
-    return max(verdict.error_over_budget, verdict.drift_over_budget, verdict.sdpa_over_budget or 0.0)
+def _worst_of(found: dict[str, list[Verdict]]) -> Verdict:
+    """One verdict on all gradients: the most of each figure, named after the gradient that decides."""
+    every = [verdict for verdicts in found.values() for verdict in verdicts]
+    failed = [verdict for verdict in every if verdict.failure] or [verdict for verdict in every if verdict.disqualified]
+    return replace(
+        max(failed or every, key=lambda verdict: verdict.error_over_budget),
+        error_over_budget=max(verdict.error_over_budget for verdict in every),
+        rms_over_budget=max(verdict.rms_over_budget for verdict in every),
+        drift_over_budget=max(verdict.drift_over_budget for verdict in every),
+        sdpa_over_budget=_most(verdict.sdpa_over_budget for verdict in every),
+        sdpa_error_over_budget=_most(verdict.sdpa_error_over_budget for verdict in every),
+        bitwise_repeatable=all(verdict.bitwise_repeatable for verdict in every),
+        by_gradient={f"d{name}": max(verdict.error_over_budget for verdict in verdicts) for name, verdicts in found.items()},
+    )
 
 
 def _most(values: Iterable[float | None]) -> float | None:

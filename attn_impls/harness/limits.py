@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from ..workload import DTYPE_NAMES, Workload
 from .clock import Clock, median_seconds
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+ENOUGH_SECONDS = 0.02  # of a matmul on a CPU, which may lack the dtype's instructions: it need not be larger
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 128 << 20}
 CEILING_ROUNDS = {"cuda": 10, "cpu": 5}
 
@@ -60,14 +62,30 @@ class Limit:
 
 
 def measure_ceiling(clock: Clock, device: str, dtype: torch.dtype) -> Ceiling:
-    """Median of a large matmul on random data, and of a large copy (bytes read plus bytes written)."""
-    n, rounds = MATMUL_SIZE[device], CEILING_ROUNDS[device]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    matmul = median_seconds(clock, lambda: torch.matmul(a, b), rounds)
+    """Median of a large matmul on random data, and of a large copy (bytes read plus bytes written).
+
+    On a CPU the matmul is the faster of the dtype's and float32's: where a dtype is emulated, attention computes in float32.
+    """
+    rounds, sizes = CEILING_ROUNDS[device], [MATMUL_SIZE[device]]
+    if device == "cpu":
+        sizes = [n for n in (128, 256, 512) if n < MATMUL_SIZE[device]] + sizes
+    tflops = max(
+        _matmul_tflops(clock, device, one, sizes, rounds) for one in ({dtype, torch.float32} if device == "cpu" else {dtype})
+    )
     source = torch.empty(COPY_BYTES[device] // 2, dtype=torch.int8, device=device).fill_(1)
     target = torch.empty_like(source)
     copy = median_seconds(clock, lambda: target.copy_(source), rounds)
-    return Ceiling(2 * n**3 / matmul / 1e12, 2 * source.nbytes / copy / 1e12)
+    return Ceiling(tflops, 2 * source.nbytes / copy / 1e12)
+
+
+def _matmul_tflops(clock: Clock, device: str, dtype: torch.dtype, sizes: list[int], rounds: int) -> float:
+    """Of the first of some sizes that takes long enough, or of the last."""
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        multiply = partial(torch.matmul, a, b)
+        if n == sizes[-1] or median_seconds(clock, multiply, 1, warmup=1) >= ENOUGH_SECONDS:
+            break
+    return 2 * n**3 / median_seconds(clock, multiply, rounds) / 1e12
 
 
 def datasheet_tflops(gpu: Gpu, dtype: torch.dtype) -> float:

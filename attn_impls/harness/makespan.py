@@ -133,7 +133,7 @@ class Rounds:
                 if self.clock.timer == "host":  # of the slowest rank, so that all loop alike
                     track.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(seconds, 1e-9)))
             a_round = time.perf_counter() - started
-        rounds = min(measure.MAX_ROUNDS, max(measure.MIN_ROUNDS, int(measure.ROUND_BUDGET_SECONDS / a_round)))
+        rounds = min(measure.MAX_ROUNDS, max(measure.MIN_ROUNDS[self.clock.timer], int(measure.ROUND_BUDGET_SECONDS / a_round)))
         warmup = max(measure.MIN_WARMUP, math.ceil(measure.WARMUP_SECONDS / a_round))
         return rounds, min(warmup, measure.MAX_WARMUP)
 

@@ -16,7 +16,8 @@ import torch
 from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
 
 ROUND_BUDGET_SECONDS = 2.0
-MAX_ROUNDS, MIN_ROUNDS = 100, 20
+MAX_ROUNDS = 100
+MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
 WARMUP_SECONDS = 0.2
 MIN_WARMUP, MAX_WARMUP = 3, 10
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
@@ -90,7 +91,7 @@ def _plan(clock: Clock, subject: Subject, other: Subject | None) -> tuple[int, i
                 s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(sample.seconds, 1e-9)))
         a_round = time.perf_counter() - started
     a_round = max(a_round, CPU_ROUND_SECONDS * len(subjects)) if clock.timer == "host" else a_round
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(ROUND_BUDGET_SECONDS / a_round)))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS[clock.timer], int(ROUND_BUDGET_SECONDS / a_round)))
     warmup = max(MIN_WARMUP, math.ceil(WARMUP_SECONDS / a_round))
     return rounds, warmup if clock.timer == "host" else min(warmup, MAX_WARMUP)
 

@@ -113,7 +113,7 @@ OPTIONS = (
         "auto",
         along,
     ),
-    Option("--overlap-streams", "N,N", "CUDA streams of gather-copied that compute, and that copy (default: 1,1)", (1, 1), two),
+    Option("--overlap-streams", "N,N", "CUDA streams of gather-copied that compute, and that copy (default: 2,2)", (2, 2), two),
     Option("--pad-heads", "", "distributed: pad heads that the ranks cannot share evenly", False, bool),
     Option("--rank-timeout", "SECONDS", "how long ranks wait for one another (default: 180)", 180.0, seconds),
     Option("--case-timeout", "SECONDS", "end the run, naming the case, if one takes longer (default: 300)", 300.0, seconds),

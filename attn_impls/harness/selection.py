@@ -43,7 +43,7 @@ class Selection:
     forms: dict[str, tuple[Form, ...]] = field(default_factory=dict)  # of each distributed strategy
     overlap_chunks: tuple[int, ...] = (1,)
     overlap_along: str = "auto"
-    overlap_streams: tuple[int, ...] = (1, 1)
+    overlap_streams: tuple[int, ...] = (2, 2)
     pad_heads: bool = False
     cpu_rule: str = ""  # how presets were scaled, where they were
 

@@ -1,0 +1,293 @@
+"""The judge of gradients: the exact answer by autograd, its budget, its samples, and the verdicts and calls built on it."""
+
+import math
+
+import pytest
+import torch
+
+from attn_impls import Unsupported, Workload
+from attn_impls.harness import backward, gradients
+from attn_impls.harness.case import Case, CaseFailed
+from attn_impls.harness.clock import DeviceClock, HostClock, Subject
+from attn_impls.harness.gradient_mutants import GRADIENT_MUTANTS, broken
+from attn_impls.harness.inputs import Inputs, needles, plain
+from attn_impls.harness.judge import Problem
+from attn_impls.harness.mutation import WORKLOADS, GradientBench
+from attn_impls.registry import REGISTRY, Implementation, discover
+
+discover()
+FEW = [w for w in WORKLOADS if w.softcap or w.window or w.blind_rows or w.offset > 0 or w.v_head_dim != w.head_dim]
+RIGHT = broken()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def by_autograd(w: Workload, x: Inputs, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Float64 gradients of attention written out once more, whole and without blocks."""
+    q, k, v = (t.double().requires_grad_() for t in x)
+    scores = q @ k.repeat_interleave(w.group, 1).mT * w.scale
+    scores = w.softcap * torch.tanh(scores / w.softcap) if w.softcap else scores
+    mask = w.mask("cpu")
+    scores = scores if mask is None else scores.masked_fill(~mask, -1e300)
+    weights = torch.softmax(scores, -1)
+    weights = weights if mask is None else weights * mask.any(-1, keepdim=True)
+    return torch.autograd.grad(weights @ v.repeat_interleave(w.group, 1), (q, k, v), dout.double())
+
+
+@pytest.mark.parametrize("w", WORKLOADS, ids=str)
+@pytest.mark.parametrize("make", [needles, plain])
+def test_the_reference_is_autograds(w, make, monkeypatch):
+    x, dout = make(w, "cpu", 1), gradients.upstream(w, "cpu", 0)
+    whole = gradients.reference(w, x, dout)
+    monkeypatch.setattr(gradients, "CHUNK_BYTES", w.group * w.kv_len * 8 * 7)  # blocks of 7 rows
+    for known in (whole, gradients.reference(w, x, dout)):
+        for name, right in zip("qkv", by_autograd(w, x, dout), strict=True):
+            torch.testing.assert_close(known[name].out, right, rtol=1e-9, atol=1e-9 * float(right.abs().max()))
+
+
+def test_a_sample_of_kv_heads_equals_the_whole(monkeypatch):
+    w = Workload.parse("b2-h12kv6-s40-d16-causal-bf16")
+    x, dout = plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0)
+    monkeypatch.setitem(gradients.MAX_PAIRS, "cpu", 3 * w.batch * w.group * w.q_len * w.kv_len)
+    heads = gradients.sample_kv_heads(w, "cpu")
+    assert heads == [0, 2, 5]
+    assert gradients.query_heads(w, heads) == [0, 1, 4, 5, 10, 11]
+    part, whole = gradients.reference(w, x, dout, heads), gradients.reference(w, x, dout)
+    assert torch.equal(part["k"].out, whole["k"].out[:, heads])
+    assert torch.equal(part["q"].out, whole["q"].out[:, gradients.query_heads(w, heads)])
+    problem = Problem(w, "cpu", 0)
+    assert problem.judge_gradients(case_of(RIGHT, w), RIGHT(w)).failure == ""
+
+
+def case_of(build, w, **options) -> Case:
+    return Case(w, Implementation("mine", build, **options), "cpu", "backward")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["handcrafted", "sdpa", "sdpa-math", "sdpa-flash"])
+def test_honest_kernels_pass(name, dtype):
+    tried = 0
+    for w in WORKLOADS:
+        w = w.replace(dtype=dtype)
+        try:
+            kernel = REGISTRY[name](w)
+            verdict = Problem(w, "cpu", 0).judge_gradients(Case(w, REGISTRY[name], "cpu", "backward"), kernel)
+        except Unsupported:
+            continue
+        tried += 1
+        assert not verdict.failure, w
+        assert set(verdict.by_gradient) == {"dq", "dk", "dv"}
+        assert max(verdict.by_gradient.values()) == verdict.error_over_budget
+    assert tried >= 5
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_both_layouts(layout):
+    w = WORKLOADS[4]
+
+    def build(w):
+        kernel = RIGHT(w)
+        return kernel if layout == "bhsd" else lambda *x: kernel(*(t.transpose(1, 2) for t in x)).transpose(1, 2)
+
+    verdict = Problem(w, "cpu", 0).judge_gradients(case_of(build, w, layout=layout), build(w))
+    assert (verdict.failure, verdict.bitwise_repeatable) == ("", True)
+
+
+@pytest.mark.parametrize("mutant", GRADIENT_MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_are_rejected_exactly_where_they_differ(mutant):
+    assert_rejected(mutant, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mutant", GRADIENT_MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_are_rejected_in_other_dtypes(mutant, dtype):
+    assert_rejected(mutant, [w.replace(dtype=dtype) for w in FEW])
+
+
+BENCHES: dict[Workload, GradientBench] = {}
+
+
+def assert_rejected(mutant, workloads):
+    applied = 0
+    for w in workloads:
+        bench = BENCHES.setdefault(w, GradientBench(w, "cpu"))
+        wrong = bench.differs(mutant)
+        if wrong and mutant.shows and not mutant.shows(w):
+            continue  # rounding that the dtype excuses may pass or not
+        verdict = bench.judge(mutant)
+        assert bool(verdict.failure) == wrong, (w, verdict)
+        applied += wrong
+    assert applied or mutant.shows
+
+
+def test_the_worst_gradient_is_named():
+    w = WORKLOADS[3]
+    mutant = next(mutant for mutant in GRADIENT_MUTANTS if mutant.name == "zero dV")
+    verdict = GradientBench(w, "cpu").judge(mutant)
+    assert verdict.failure.startswith("differs in dv from the float64 oracle")
+    assert verdict.by_gradient["dv"] > 100 > 1 > verdict.by_gradient["dq"]
+    assert verdict.sdpa_failure.startswith("differs in dv from SDPA")
+
+
+def test_a_changed_dout_is_told():
+    w = WORKLOADS[3]
+
+    def build(w):
+        kernel = RIGHT(w)
+
+        def vandal(*x):
+            out = kernel(*x)
+            out.register_hook(lambda dout: dout.mul_(1.0).add_(1.0))
+            return out
+
+        return vandal
+
+    verdict = Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w))
+    assert verdict.failure == "changed dout, its upstream gradient"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (lambda q, _k, _v: q.detach() * 1.0, "forward only: its output carries no gradient"),
+        (lambda q, _k, _v: NoBackward.apply(q), "forward only: NotImplementedError: not written yet"),
+    ],
+)
+def test_forward_only_is_a_limit(kernel, words):
+    w = WORKLOADS[3]
+    with pytest.raises(Unsupported, match=words):
+        backward.gradients(case_of(lambda _: kernel, w), kernel, plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0))
+
+
+def test_a_backward_pass_that_raises_fails_the_case():
+    w = WORKLOADS[3]
+    with pytest.raises(CaseFailed, match="ZeroDivisionError"):
+        backward.gradients(case_of(lambda _: Raises.apply, w), Raises.apply, plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0))
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q):  # noqa: ARG004
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx, *douts):
+        raise NotImplementedError("not written yet")
+
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):  # noqa: ARG004
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx, *douts):  # noqa: ARG004
+        raise ZeroDivisionError
+
+
+class Counted:
+    """A right kernel that counts its forward passes."""
+
+    def __init__(self, w):
+        self.kernel, self.calls = RIGHT(w), 0
+
+    def __call__(self, *x):
+        self.calls += 1
+        return self.kernel(*x)
+
+
+def test_gradients_alone_use_up_forward_passes_made_before():
+    w = WORKLOADS[3]
+    kernel, x, dout = Counted(w), plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0)
+    call, now = backward.Backward(kernel, x, dout), [0.0]
+
+    def host_time():
+        now[0] += kernel.calls  # a forward pass inside the bracket would show
+        return float(kernel.calls)
+
+    clock, subject = HostClock(host_time), Subject(call, loops=3)
+    clock.prepare(subject)
+    assert kernel.calls == 3
+    assert clock.sample(subject).seconds == 0.0
+    assert (kernel.calls, len(call.outs)) == (3, 0)
+
+
+def test_a_round_measured_again_gets_forward_passes_of_its_own(monkeypatch):
+    from test_clock import FIRST_SPIN, KERNEL, FakeGpu
+
+    w, gpu = WORKLOADS[3], FakeGpu()
+    kernel = Counted(w)
+    call = backward.Backward(kernel, plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0))
+    slow = backward.Backward.__call__
+
+    def late(self):
+        gpu.work(1.5 * FIRST_SPIN)
+        gpu.enqueue(KERNEL)
+        return slow(self)
+
+    monkeypatch.setattr(backward.Backward, "__call__", late)
+    clock, subject = DeviceClock(gpu), Subject(call)
+    clock.prepare(subject)
+    found = clock.sample(subject)
+    assert clock.retries == 1
+    assert kernel.calls == 2
+    assert found.seconds == pytest.approx(KERNEL, rel=1e-9)
+
+
+def test_flops_and_bytes_of_both_passes_add_up():
+    for w in WORKLOADS:
+        for count in (w.flops, w.bytes):
+            assert count("forward+backward") == count("forward") + count("backward")
+
+
+ONE_WRONG = """
+from attn_impls import attention
+from attn_impls.harness.gradient_mutants import broken
+
+@attention("careless")
+def careless(w):
+    return broken(delta=lambda _w, delta: 0 * delta)(w)
+
+@attention("forwards", backward=False)
+def forwards(w):
+    return broken()(w)
+"""
+
+
+def test_directions_from_end_to_end(run_suite, suite_copy):
+    folder = suite_copy({"mine.py": ONE_WRONG})
+    options = ("--workload=b1-h2-s32-d16-causal-fp32", "--rounds=7", "--warmup-rounds=1", "--benchmark-only")
+    run = run_suite(
+        "--impl=./mine.py,sdpa,handcrafted",
+        "--direction=forward,backward,forward+backward",
+        *options,
+        "--benchmark-json=run.json",
+        cwd=folder,
+    )
+    assert run.code == 1
+    cases = set(run.names)
+    assert {name for name in cases if "careless" in name} == {"test_forward[b1-h2-s32-d16-causal-fp32-careless]"}
+    assert {name for name in cases if "forwards" in name} == {"test_forward[b1-h2-s32-d16-causal-fp32-forwards]"}
+    assert sum("sdpa" in name for name in cases) == sum("handcrafted" in name for name in cases) == 3
+    assert "careless differs in d" in run.out
+    assert "b1-h2-s32-d16-causal-fp32 backward" in run.table
+    assert "b1-h2-s32-d16-causal-fp32 forward+backward" in run.table
+    assert any(line.split() == ["forwards", "forward", "only"] for line in run.table.splitlines())
+    info = run.names["test_backward[b1-h2-s32-d16-causal-fp32-handcrafted]"]["extra_info"]
+    w = Workload.parse("b1-h2-s32-d16-causal-fp32")
+    assert (info["direction"], info["flops"], info["bytes"]) == ("backward", w.flops("backward"), w.bytes("backward"))
+    assert info["vs_sdpa"] > 0
+    assert math.isclose(info["error_over_budget"], max(info[f"{name}_error_over_budget"] for name in ("dq", "dk", "dv")))
+
+
+def test_an_unknown_direction_is_a_usage_error(run_suite):
+    run = run_suite("--direction", "backwards")
+    assert run.code == 4
+    assert run.errors == ["ERROR: --direction 'backwards': give one of forward, backward, forward+backward"]
