@@ -157,7 +157,7 @@ def test_a_changed_dout_is_told():
     ("kernel", "words"),
     [
         (lambda q, _k, _v: q.detach() * 1.0, "forward only: its output carries no gradient"),
-        (lambda q, _k, _v: NoBackward.apply(q), "forward only: NotImplementedError: not written yet"),
+        (lambda q, _k, _v: NoBackward.apply(q), "no backward here: NotImplementedError: not written yet"),
     ],
 )
 def test_forward_only_is_a_limit(kernel, words):

@@ -55,7 +55,12 @@ CALLS: dict[str, Callable[[Kernel, Inputs, torch.Tensor], Any]] = {"backward": B
 def forward_only(error: Exception) -> str:
     """Why an error means that there is no backward pass, or ""."""
     said = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in FORWARD_ONLY)]
-    return f"forward only: {said[0] if said else one_line(error)}" if said or isinstance(error, NotImplementedError) else ""
+    if said:
+        return f"forward only: {said[0]}"
+    if not isinstance(error, NotImplementedError):
+        return ""
+    reasons = dict.fromkeys(line.strip() for line in str(error).splitlines() if line.startswith("    "))  # as xFormers lists them
+    return f"no backward here: {'; '.join(reasons) or one_line(error)}"
 
 
 def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
