@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from attn_impls.harness import options, plugin, workers
-from attn_impls.harness.case import Case
+from attn_impls.harness.case import Case, direction_of
 from attn_impls.harness.judge import Problem
 from attn_impls.harness.session import Session
 from attn_impls.harness.spread import Spreads
@@ -57,7 +57,7 @@ def spreads(suite: Session) -> Spreads:
 @pytest.fixture
 def case(request: pytest.FixtureRequest, suite: Session, workload: Workload, implementation: Implementation) -> Case:
     """One implementation on one workload, in the direction that the test is marked with; skipped where it cannot be tried."""
-    found = Case(workload, implementation, suite.device, plugin.direction_of(request.node))
+    found = Case(workload, implementation, suite.device, direction_of(request.node))
     suite.admit(found)
     return found
 

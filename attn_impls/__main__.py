@@ -90,7 +90,8 @@ def _mutants(given: argparse.Namespace) -> int:
         print(f"{title}:", flush=True)
         lines = list(mutation.report(workloads, given.device, mutation.available(given.device), kind))
         print("\n".join(lines), flush=True)
-        fit &= any(line.startswith("false rejections: 0 ") for line in lines) and not lines[-1].startswith("SURVIVED")
+        accepted = any(line.startswith("false rejections: 0 ") and line.endswith("; 0 mutants that are right") for line in lines)
+        fit &= accepted and not lines[-1].startswith("SURVIVED")
     return int(not fit)
 
 

@@ -303,7 +303,7 @@ def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
                          "    return lambda q, k, v: q * 0\n"})  # fmt: skip
     run = run_suite(*TINY, "--impl", "./zeros.py", "-n", "2", "-rs", cwd=folder)
     assert run.code == 1
-    assert "2 failed, 4 passed, 3 skipped" in run.out
+    assert "4 failed, 8 passed, 3 skipped" in run.out
     assert re.search(r"SKIPPED \[3\].*benchmarks do not run under pytest-xdist", run.out)
     # a worker's failures too say how to run them alone, with the options that the run had
     rerun = run.failure(f"test_oracle[{ID}-zeros]").splitlines()[-1]
@@ -316,7 +316,7 @@ def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
 def test_xdist_correctness(run_suite):
     run = run_suite(*TINY, "-n", "2", "-m", "correctness")
     assert run.code == 0
-    assert "4 passed" in run.out
+    assert "8 passed" in run.out
     assert "skipped" not in run.out
 
 

@@ -122,6 +122,17 @@ class WeightMisaligned(Project):
             self.weight = right
 
 
+class PreviousCall(Gather):
+    """A buffer handed out again too early."""
+
+    kept = None
+
+    def backward(self, graph, upstream, silent=False):
+        found = super().backward(graph, upstream, silent)
+        kept, self.kept = self.kept or found, found
+        return kept
+
+
 # the mutant, where, and the gradients that must show it
 MUTANTS = [
     (SharedKvNotSummed, SHARED_KV, "kv"),
@@ -129,6 +140,7 @@ MUTANTS = [
     (SharedKvAveraged, SHARED_KV, "kv"),
     (HeadsOfAnotherRank, MHA, "qkv"),
     (GatherSummed, MHA, "qkv"),
+    (PreviousCall, MHA, "qkv"),
     (ProjectSummed, MHA, ("q", "k", "v", "weight")),
     (RowsNotGathered, GQA, ("q", "k", "v", "weight")),
     (RowsGatheredInReverse, GQA, ("q", "k", "v", "weight")),

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,12 @@ class Case:
 def group(workload: Workload | str, direction: str) -> str:
     """What cases to be compared with one another share: the workload, and the direction if it is not forward."""
     return str(workload) if direction == "forward" else f"{workload} {direction}"
+
+
+def direction_of(item: Any) -> str:
+    """The direction that a test over cases (pytest's item) is marked with."""
+    marker = item.get_closest_marker("direction")
+    return marker.args[0] if marker else "forward"
 
 
 def ungrouped(name: str) -> tuple[str, str]:

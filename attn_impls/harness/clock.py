@@ -1,7 +1,7 @@
 """Clocks for pytest-benchmark that only the measured kernel advances: device time on a GPU, wall time on a CPU.
 
 The device clock brackets one launch with two events while a spin kernel keeps the GPU busy, so that the host's enqueue
-time hides behind the spin; `start.query()` proves that it did. See "Timing" in README.md.
+time hides behind the spin; `start.query()` proves that it did. See "What a number means" in README.md.
 """
 
 from __future__ import annotations

@@ -44,9 +44,13 @@ class Journal:
     def go_on(self, path: Path) -> None:
         """Append to the journal of an earlier run, without the line that a kill may have cut."""
         kept = path.read_bytes()
-        kept = kept if kept.endswith(b"\n") else kept[: kept.rfind(b"\n") + 1]
-        with path.open("r+b") as file:
-            file.truncate(len(kept))
+        whole, _, last = kept.rpartition(b"\n")
+        try:
+            json.loads(last)
+            kept += b"\n"  # only its end was cut
+        except ValueError:
+            kept = whole + b"\n" if whole else b""
+        path.write_bytes(kept)
         self.path, self.finished = path, kept.count(b"\n") - 1
 
     def keep(self, wanted: str | None, say: Callable[[str], None]) -> None:

@@ -163,6 +163,8 @@ class Problem:
 
         Raises Unsupported where the kernel is forward only, CaseFailed if it raises.
         """
+        if case.implementation.approximate:
+            raise Unsupported("gradients of approximate kernels have no budget")
         layout = case.implementation.layout
         found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
         for n, original in enumerate((self.needles, self.plain)):
@@ -239,9 +241,14 @@ def poison(w: Workload, device: str) -> None:
 def _worst_of(found: dict[str, list[Verdict]]) -> Verdict:
     """One verdict on all gradients: the most of each figure, named after the gradient that decides."""
     every = [verdict for verdicts in found.values() for verdict in verdicts]
-    failed = [verdict for verdict in every if verdict.failure] or [verdict for verdict in every if verdict.disqualified]
+    figures: tuple[Callable[[Verdict], float], ...] = (
+        lambda verdict: verdict.error_over_budget,
+        lambda verdict: verdict.drift_over_budget,
+        lambda verdict: verdict.sdpa_over_budget or 0.0,
+    )
+    decides = next((figure for figure in figures if max(map(figure, every)) > 1), figures[0])
     return replace(
-        max(failed or every, key=lambda verdict: verdict.error_over_budget),
+        max(every, key=decides),
         error_over_budget=max(verdict.error_over_budget for verdict in every),
         rms_over_budget=max(verdict.rms_over_budget for verdict in every),
         drift_over_budget=max(verdict.drift_over_budget for verdict in every),

@@ -66,11 +66,14 @@ def measure_ceiling(clock: Clock, device: str, dtype: torch.dtype) -> Ceiling:
 
     On a CPU the matmul is the faster of the dtype's and float32's: where a dtype is emulated, attention computes in float32.
     """
-    rounds, sizes = CEILING_ROUNDS[device], [MATMUL_SIZE[device]]
-    if device == "cpu":
-        sizes = [n for n in (128, 256, 512) if n < MATMUL_SIZE[device]] + sizes
+    rounds, largest = CEILING_ROUNDS[device], MATMUL_SIZE[device]
+    smaller = [n for n in (128, 256, 512) if n < largest] if device == "cpu" else []
+
+    def sizes(one: torch.dtype) -> list[int]:  # float32's is fixed: runs are compared by it
+        return [largest] if one == torch.float32 else [*smaller, largest]
+
     tflops = max(
-        _matmul_tflops(clock, device, one, sizes, rounds) for one in ({dtype, torch.float32} if device == "cpu" else {dtype})
+        _matmul_tflops(clock, device, one, sizes(one), rounds) for one in ({dtype, torch.float32} if device == "cpu" else {dtype})
     )
     source = torch.empty(COPY_BYTES[device] // 2, dtype=torch.int8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -128,7 +131,9 @@ def describe(w: Workload, info: dict) -> str:
     if info.get("limit_bound") == "memory":
         what, unit, key, factor, form = "copy", "GB/s", "tb_per_s", 1e3, ".4g"
     else:
-        what, unit, key, factor, form = f"{DTYPE_NAMES[w.dtype]} matmul", "TFLOP/s", "tflops", 1, ".3g"
+        what, unit, key, factor, form = "matmul", "TFLOP/s", "tflops", 1, ".3g"
+        if info.get("datasheet_tflops"):  # on a CPU it may be float32's
+            what = f"{DTYPE_NAMES[w.dtype]} matmul"
     ceiling, datasheet = info.get(f"ceiling_{key}"), info.get(f"datasheet_{key}")
     known = [f"{what} ceiling {ceiling * factor:{form}} {unit} here"] if ceiling else []
     known += [f"{datasheet * factor:.4g} datasheet"] if datasheet else []

@@ -94,7 +94,7 @@ OPTIONS = (
     ),
     Option("--impl", "NAME|FILE.py", "implementation to run: a registered name, or a Python file that registers some"),
     Option("--require-impl", "NAME", "implementation that must be able to run here: where it cannot, its cases fail"),
-    Option("--rounds", "N", "timed rounds of a case (default: 100, fewer to fit 2 s, at least 20)", None, positive),
+    Option("--rounds", "N", "timed rounds of a case (default: 100, fewer to fit 2 s, at least 20, on a CPU 7)", None, positive),
     Option("--warmup-rounds", "N", "untimed rounds before them (default: 3 to 10 on a GPU, 200 ms on a CPU)", None, natural),
     Option("--device", "NAME", "auto, cuda or cpu (default: auto, cuda where there is one)", "auto", str),
     Option("--seed", "N", "seed of the inputs (default: 0)", 0, natural),

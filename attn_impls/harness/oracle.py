@@ -80,8 +80,12 @@ def budgeted(
     rounding: torch.Tensor,
     plain: list[torch.Tensor],
     rows: torch.Tensor | None,
+    tolerance: float = TOLERANCE,
 ) -> Reference:
-    """The right answer with its budget, from the first-order rounding error of each row and some plain runs in the dtype."""
+    """The right answer with its budget, `tolerance` times the honest error.
+
+    Which is known from the first-order rounding error of each row and from some plain runs in the dtype.
+    """
     scale, unit = rounding / norm, torch.finfo(w.dtype).eps / 2
     noise, drift = unit / 4, max(unit / 4, 2**-12)
     for run in plain:
@@ -93,7 +97,7 @@ def budgeted(
         drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
     # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
     drift += 4 * noise / norm.numel() ** 0.5
-    return Reference(rows, out, norm, TOLERANCE * scale.clamp(min=unit), drift)
+    return Reference(rows, out, norm, tolerance * scale.clamp(min=unit), drift)
 
 
 def only_heads(reference: Reference, heads: list[int]) -> Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shlex
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from . import environment, matrix, options, progress, rank_start, resume, selection, summary, workers
-from .case import group, ungrouped
+from .case import direction_of, group, ungrouped
 from .ranks import launched_by
 from .session import Session
 from .watchdog import Watchdog
@@ -23,6 +24,7 @@ WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
 
 def configure(config: pytest.Config) -> None:
     """Resolve the options; every usage error is raised here, before anything runs or is written."""
+    gc.freeze()  # torch's modules stay as long as the run: no collection need go through them
     ranks = rank_start.meet(config)
     workers.refuse_benchmarks(config)
     selected = rank_start.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
@@ -89,12 +91,6 @@ def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
     return config.getoption("benchmark_only", False) and "benchmark" not in getattr(item, "fixturenames", ())
 
 
-def direction_of(item: pytest.Item) -> str:
-    """The direction that a test over cases is marked with."""
-    marker = item.get_closest_marker("direction")
-    return marker.args[0] if marker else "forward"
-
-
 def _of_another_direction(session: Session, item: pytest.Item) -> bool:
     """Whether a test over cases is of a direction that was not selected. Gradients are checked if either kind is."""
     if _case_of(item) is None:
@@ -153,7 +149,7 @@ def watched(item: pytest.Item) -> Iterator[None]:
 def note_report(item: pytest.Item, report: pytest.TestReport) -> None:
     """Remember why a case did not run, say how to run a failed test alone, and stop if the device is lost."""
     session = session_of(item.config)
-    case = _case_of(item)
+    case = _case_of(item) if "benchmark" in getattr(item, "fixturenames", ()) else None  # the table is of what was to be timed
     if report.failed:
         report.sections.append(("rerun this one alone", rerun_command(item.config, item.nodeid)))
     if case and report.skipped and isinstance(report.longrepr, tuple):

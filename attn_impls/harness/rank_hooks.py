@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from . import topology
+from .case import direction_of
 from .ranks import Outcome, Ranks, blamed
 from .session import Session
 from .termination import Termination
@@ -93,9 +94,7 @@ class RankHooks:
             return
         first = str(report.longrepr).strip().splitlines()[0]
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {first}"
-        marker = item.get_closest_marker("direction")
-        direction = marker.args[0] if marker else "forward"
-        cell = str(params["workload"]), direction, params["form"].name, params["implementation"].name
+        cell = str(params["workload"]), direction_of(item), params["form"].name, params["implementation"].name
         self.session.spreads.not_run.setdefault(cell, reason)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:

@@ -170,9 +170,11 @@ class Session:
         return kernel
 
     def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
+        sdpa_is_wrong = False
         for checked in dict.fromkeys((replace(case, direction="forward"), case)):
             kernel = self._prepare(checked, problem)
             verdict, build_seconds = self._checked[checked]
+            sdpa_is_wrong |= verdict.sdpa_is_wrong
             if verdict.disqualified:
                 raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
         if case.implementation.name not in self._probed and build_seconds < probes.SLOW:
@@ -182,7 +184,7 @@ class Session:
         if objection := probes.objection(answers, case.workload):
             raise CaseFailed(f"{case.implementation.name} {objection}; it is not timed")
         call = problem.call(case, kernel)
-        baseline = None if verdict.sdpa_is_wrong else self._baseline(case, problem)
+        baseline = None if sdpa_is_wrong else self._baseline(case, problem)
         rounds, warmup = self.selection.rounds, self.selection.warmup_rounds
         with guard(case, "kernel"):
             timing = measure.run(benchmark, self.clock, call, baseline, rounds, warmup)

@@ -31,7 +31,7 @@ class Spread:
     pad_heads: bool = False
     overlap_chunks: tuple[int, ...] = (1,)
     overlap_along: str = "auto"  # "heads" or "rows"; "auto": what the layout suggests
-    overlap_streams: tuple[int, ...] = (1, 1)  # that compute, and that copy
+    overlap_streams: tuple[int, ...] = (2, 2)  # that compute, and that copy
     seed: int = 0
 
     @property
