@@ -170,7 +170,7 @@ INFO = {
         ({"limit_bound": "memory", "limit_s": 4.2e-5}, "limit 42 µs (copy ceiling 4310 GB/s here, 4800 datasheet)"),
         (
             {"limit_source": "measured", "datasheet_tflops": None, "datasheet_tb_per_s": None},
-            "limit 1.11 ms (bf16 matmul ceiling 788 TFLOP/s here)",
+            "limit 1.11 ms (matmul ceiling 788 TFLOP/s here)",
         ),
         (
             {"limit_source": "measured", "limit_bound": "memory", "datasheet_tflops": None, "datasheet_tb_per_s": None},
