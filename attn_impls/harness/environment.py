@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def device_bytes(device: str) -> int:
     return there
 
 
+@cache
 def max_sm_mhz() -> float:
     return _nvml_facts().get("max_sm_mhz") or 0.0
 
