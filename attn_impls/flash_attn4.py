@@ -22,4 +22,9 @@ def flash_attn4(w: Workload):
         out = flash_attn_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
 
-    return kernel
+    def forward_alone(q, k, v):
+        if q.requires_grad:
+            raise Unsupported("FlashAttention-4 has no backward pass of shared KV heads whose v_head_dim is not head_dim")
+        return kernel(q, k, v)
+
+    return forward_alone if w.group > 1 and w.v_head_dim != w.head_dim else kernel

@@ -9,7 +9,16 @@ import pytest
 
 from attn_impls.harness import clock as clocks
 from attn_impls.harness import measure
-from attn_impls.harness.clock import FIRST_CYCLES, LEAD_CYCLES, MAX_CYCLES, DeviceClock, HostClock, Subject, calibrate
+from attn_impls.harness.clock import (
+    CALM_ROUNDS,
+    FIRST_CYCLES,
+    LEAD_CYCLES,
+    MAX_CYCLES,
+    DeviceClock,
+    HostClock,
+    Subject,
+    calibrate,
+)
 
 MHZ = 1500.0
 FIRST_SPIN = FIRST_CYCLES / MHZ / 1e6  # seconds
@@ -129,6 +138,34 @@ def test_a_host_that_uses_most_of_a_spin_gets_a_longer_one_without_a_retry(late_
         assert sample(clock, call).seconds == pytest.approx(KERNEL, rel=1e-9)
     assert clock.retries == late_too
     assert gpu.spins == [FIRST_CYCLES * n for n in ((1, 2, 4, 4, 4) if late_too else (1, 2, 2, 2))]
+
+
+@pytest.mark.parametrize("stalls", [1, 2, 9])
+def test_a_spin_that_a_stall_of_the_host_has_lengthened_shrinks_again(stalls):
+    gpu = FakeGpu()
+    clock = DeviceClock(gpu)
+    for _ in range(stalls):
+        sample(clock, gpu.call(-0.7 * clock.cycles / MHZ / 1e6, KERNEL))
+    longest = clock.cycles
+    assert longest == min(FIRST_CYCLES * 2**stalls, MAX_CYCLES)
+    for _ in range(6 * CALM_ROUNDS):
+        assert sample(clock, gpu.call(KERNEL)).seconds == pytest.approx(KERNEL, rel=1e-9)
+    assert clock.cycles == FIRST_CYCLES
+    assert clock.retries == 0
+    assert gpu.spins[-6 * CALM_ROUNDS :].count(longest) == CALM_ROUNDS
+
+
+@pytest.mark.parametrize("share", [0.3, 0.45])
+def test_a_spin_does_not_shrink_below_what_the_slower_of_two_subjects_needs(share):
+    gpu = FakeGpu()
+    clock = DeviceClock(gpu)
+    slow, prompt = gpu.call(-share * 4 * FIRST_SPIN, KERNEL), gpu.call(KERNEL)
+    for _ in range(3):
+        sample(clock, slow)
+    for _ in range(5 * CALM_ROUNDS):
+        sample(clock, slow)
+        sample(clock, prompt)
+    assert gpu.spins[-1] == clock.cycles == 4 * FIRST_CYCLES
 
 
 def test_spins_do_not_grow_past_the_cap():

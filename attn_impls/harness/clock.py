@@ -21,6 +21,7 @@ MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device i
 # The host may use this share of a spin before the next one is made longer: a launch that reaches the GPU just before the
 # spin ends is not late, but still reads about 1 µs more.
 TIGHT = 0.5
+CALM_ROUNDS = 8  # as many in a row that would not be tight behind half the spin halve it: a stall of the host is not for ever
 CPU_ROUND_SECONDS = 1e-3
 
 
@@ -88,9 +89,12 @@ class CudaDriver:
         return torch.cuda.Event(enable_timing=True)
 
 
-def alone(seconds: float, late: bool, tight: bool) -> tuple[float, bool, bool]:
-    """What one process decides about its round; ranks that time together pass a function that takes the maximum."""
-    return seconds, late, tight
+def alone(seconds: float, late: bool, used: float) -> tuple[float, bool, float]:
+    """What one process decides about its round; ranks that time together pass a function that takes the maximum.
+
+    used: the share of the spin that the host has used.
+    """
+    return seconds, late, used
 
 
 class DeviceClock:
@@ -104,7 +108,7 @@ class DeviceClock:
         driver: Driver,
         overhead: float = 0.0,
         empty_spin: float = 0.0,
-        agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
+        agree: Callable[[float, bool, float], tuple[float, bool, float]] = alone,
         align: Callable[[], None] | None = None,
     ):
         """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads beside a spin's cycles.
@@ -116,6 +120,7 @@ class DeviceClock:
         self.now = 0.0
         self.cycles = FIRST_CYCLES
         self.retries = 0
+        self._calm = 0  # rounds in a row
         self._spun_at = 0.0
         self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
         self._spun = driver.event() if align else self._start  # the spin's end
@@ -125,7 +130,7 @@ class DeviceClock:
 
     def reset(self) -> None:
         """Start another case: with the short spin again, whatever the last one needed."""
-        self.cycles = FIRST_CYCLES
+        self.cycles, self._calm = FIRST_CYCLES, 0
 
     def quiet(self) -> None:
         """Make the L2 cold and wait for the device."""
@@ -158,9 +163,8 @@ class DeviceClock:
             self._stop.synchronize()
             spin_seconds = self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin
             seconds = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
-            seconds, late, tight = self.agree(seconds, late, used > TIGHT * spin_seconds)
-            if late or tight:
-                self.cycles = min(2 * spun, MAX_CYCLES)
+            seconds, late, share = self.agree(seconds, late, used / spin_seconds)
+            self._fit_spin(late, share)
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
@@ -169,6 +173,15 @@ class DeviceClock:
         subject.samples.append(sample)
         self.now += seconds
         return sample
+
+    def _fit_spin(self, late: bool, used: float) -> None:
+        """Choose the next round's spin by the share of the last one that the host has used."""
+        if late or used > TIGHT:
+            self.cycles, self._calm = min(2 * self.cycles, MAX_CYCLES), 0
+            return
+        self._calm = self._calm + 1 if used < TIGHT / 2 else 0
+        if self._calm == CALM_ROUNDS:
+            self.cycles, self._calm = max(self.cycles // 2, FIRST_CYCLES), 0
 
 
 class HostClock:
@@ -182,7 +195,7 @@ class HostClock:
     def __init__(
         self,
         host_time: Callable[[], float] = time.perf_counter,
-        agree: Callable[[float, bool, bool], tuple[float, bool, bool]] = alone,
+        agree: Callable[[float, bool, float], tuple[float, bool, float]] = alone,
         align: Callable[[], None] | None = None,
     ):
         """agree, align: as of DeviceClock; `align` returns when all ranks are there."""
@@ -207,7 +220,7 @@ class HostClock:
         for _ in loops:
             call()
         host = (self.host_time() - start) / subject.loops
-        seconds, _, _ = self.agree(host, False, False)
+        seconds, _, _ = self.agree(host, False, 0.0)
         sample = Sample(seconds, host, float("nan"), False)
         subject.samples.append(sample)
         self.now += seconds

@@ -23,16 +23,16 @@ PROBE_ROUNDS = 10
 
 
 class Makespan:
-    """The clocks' `agree`: a round's seconds are the slowest rank's, and it is late where it is late on any."""
+    """The clocks' `agree`: a round's seconds are the slowest rank's, late where any is, and the spin as used as on any."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.by_rank: list[float] = []  # of the last round
 
-    def __call__(self, seconds: float, late: bool, tight: bool) -> tuple[float, bool, bool]:
-        rounds = self.ranks.gather_round(seconds, late, tight)
+    def __call__(self, seconds: float, late: bool, used: float) -> tuple[float, bool, float]:
+        rounds = self.ranks.gather_round(seconds, late, used)
         self.by_rank = [one[0] for one in rounds]
-        return max(self.by_rank), any(one[1] for one in rounds), any(one[2] for one in rounds)
+        return max(self.by_rank), any(one[1] for one in rounds), max(one[2] for one in rounds)
 
 
 def clock(ranks: Ranks, driver: CudaDriver | None, overhead: Callable[[], Overhead]) -> Clock:
