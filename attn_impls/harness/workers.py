@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import pytest
 import torch
+
+from ..workload import DTYPES
 
 BENCHMARKS = "tests/test_benchmark.py"
 REASON = "benchmarks do not run under pytest-xdist (-n): workers would time each other's noise; run them without -n, or with -n 0"
@@ -15,6 +18,27 @@ REASON = "benchmarks do not run under pytest-xdist (-n): workers would time each
 def auto_workers() -> int:
     """The GPUs there are, or the cores where there is none."""
     return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """xdist's scheduler if none was chosen (--dist): a workload's tests go to one worker, which needs its oracle only once."""
+    if config.getoption("dist") != "load" or any(
+        str(argument).startswith("--dist") for argument in config.invocation_params.args
+    ):
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWorkload(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return workload_of(nodeid) or nodeid
+
+    return ByWorkload(config, log)
+
+
+def workload_of(nodeid: str) -> str:
+    """The workload's id in that of a test over cases, or ""."""
+    found = re.search(rf"\[(b\d\S*?-(?:{'|'.join(DTYPES)}))-", nodeid)
+    return found[1] if found else ""
 
 
 def pin() -> None:
