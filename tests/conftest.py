@@ -84,10 +84,16 @@ def copy_suite(folder: Path) -> Path:
 
 
 def environment(changes: dict[str, str]) -> dict[str, str]:
+    """A run's environment variables: none of this run's own, such as those of an xdist worker."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     fixed = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
     fixed["OMP_NUM_THREADS"] = "1"  # on a busy machine, threads that wait for each other take milliseconds a call
     return inherited | fixed | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | changes
+
+
+@pytest.fixture(scope="session")
+def suite_environment():
+    return environment
 
 
 class Server:

@@ -154,7 +154,8 @@ def cudnn(monkeypatch):
         cudnnGraphNotSupportedError=ValueError,
     )
     monkeypatch.setitem(sys.modules, "cudnn", module)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0, raising=False)
     return module
 
 

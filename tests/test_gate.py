@@ -328,21 +328,21 @@ def mine(w):
 
 
 @pytest.mark.slow
-def test_a_real_gate_finds_a_kernel_that_does_its_work_twice(suite_copy):
+def test_a_real_gate_finds_a_kernel_that_does_its_work_twice(suite_copy, suite_environment):
     folder = suite_copy({"once.py": REAL.format(times=1), "twice.py": REAL.format(times=2)})
     command = [sys.executable, "-m", "attn_impls", "gate", "--baseline=once.py", "--candidate=twice.py", "--pairs=3", "--",
                "tests/test_benchmark.py", "--workload=b8-h2-s64-d64-fp32", "--rounds=20", "--device=cpu"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    environment = suite_environment({"PYTHONPATH": str(TESTS.parent)})
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 REGRESSED" in done.stdout
 
 
 @pytest.mark.slow
-def test_prove_measures_what_it_adds(suite_copy):
+def test_prove_measures_what_it_adds(suite_copy, suite_environment):
     command = [sys.executable, "-m", "attn_impls", "gate", "--prove=handcrafted", "--pairs=3", "--floor=3", "--",
                "tests/test_benchmark.py", "--workload=b100-h1-s64-d64-fp32", "--rounds=20", "--device=cpu"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    environment = suite_environment({"PYTHONPATH": str(TESTS.parent)})
     done = subprocess.run(command, cwd=suite_copy(), env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode in (0, 2), done.stdout + done.stderr  # 2: the machine moved
     lines = [line for line in done.stdout.splitlines() if line.startswith("+")]

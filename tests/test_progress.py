@@ -15,13 +15,12 @@ RUN = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--device=cpu", "-
 
 
 @pytest.fixture(scope="module")
-def on_terminal(suite_copy):
+def on_terminal(suite_copy, suite_environment):
     """What a run writes to a terminal of 100 columns."""
 
     def run(*arguments, term="xterm"):
         ours, theirs = os.openpty()
-        environment = os.environ | {"TERM": term, "COLUMNS": "100", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(__file__))
+        environment = suite_environment({"TERM": term, "COLUMNS": "100"})
         command = [sys.executable, "-m", "pytest", *RUN, *arguments]
         process = subprocess.Popen(
             command, cwd=suite_copy(), env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
