@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +19,11 @@ import torch
 LEAD_CYCLES = 60_000  # keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
 FIRST_CYCLES = 200_000  # about 0.1 ms
 MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device itself
-# The host may use this share of a spin before the next one is made longer: a launch that reaches the GPU just before the
-# spin ends is not late, but still reads about 1 µs more.
-TIGHT = 0.5
-CALM_ROUNDS = 8  # as many in a row that would not be tight behind half the spin halve it: a stall of the host is not for ever
+TIGHT = 0.5  # of the spin is what the host may use in a usual round
+# A round is usual if at most a fifth of the recent ones took the host longer: those in which it stalled are few, and those of
+# them that were late are measured again, which costs less than long spins for all.
+RECENT, USUAL = 15, 0.8
+CALIBRATING_ROUNDS = 20
 CPU_ROUND_SECONDS = 1e-3
 
 
@@ -110,17 +112,18 @@ class DeviceClock:
         empty_spin: float = 0.0,
         agree: Callable[[float, bool, float], tuple[float, bool, float]] = alone,
         align: Callable[[], None] | None = None,
+        kernel: float | None = None,
     ):
         """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads beside a spin's cycles.
 
-        align: enqueues, behind the spin, what makes the devices of several ranks start together.
+        kernel: the seconds of an empty spin's kernel, for `reset` to tell the overhead anew; align: enqueues, behind the spin, what makes the devices of several ranks start together.
         """
         self.driver, self.overhead, self.empty_spin, self.agree = driver, overhead, empty_spin, agree
-        self.align = align
+        self.align, self.kernel = align, kernel
         self.now = 0.0
         self.cycles = FIRST_CYCLES
         self.retries = 0
-        self._calm = 0  # rounds in a row
+        self._needed: deque[float] = deque(maxlen=RECENT)  # by the host in each round, in cycles of the spin
         self._spun_at = 0.0
         self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
         self._spun = driver.event() if align else self._start  # the spin's end
@@ -129,8 +132,16 @@ class DeviceClock:
         return self.now
 
     def reset(self) -> None:
-        """Start another case: with the short spin again, whatever the last one needed."""
-        self.cycles, self._calm = FIRST_CYCLES, 0
+        """Start another case: with the short spin again, whatever the last one needed, and with the overhead as it is now.
+
+        Which has two levels, 1 µs apart, that come and go.
+        """
+        self.cycles = FIRST_CYCLES
+        self._needed.clear()
+        if self.kernel is not None:
+            empty = median_seconds(self, partial(self.driver.spin, 0), CALIBRATING_ROUNDS)
+            self.overhead = max(0.0, empty + self.overhead - self.kernel)
+            self._needed.clear()
 
     def quiet(self) -> None:
         """Make the L2 cold and wait for the device."""
@@ -164,7 +175,7 @@ class DeviceClock:
             spin_seconds = self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin
             seconds = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
             seconds, late, share = self.agree(seconds, late, used / spin_seconds)
-            self._fit_spin(late, share)
+            self._fit_spin(share * spun)
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
@@ -174,14 +185,13 @@ class DeviceClock:
         self.now += seconds
         return sample
 
-    def _fit_spin(self, late: bool, used: float) -> None:
-        """Choose the next round's spin by the share of the last one that the host has used."""
-        if late or used > TIGHT:
-            self.cycles, self._calm = min(2 * self.cycles, MAX_CYCLES), 0
-            return
-        self._calm = self._calm + 1 if used < TIGHT / 2 else 0
-        if self._calm == CALM_ROUNDS:
-            self.cycles, self._calm = max(self.cycles // 2, FIRST_CYCLES), 0
+    def _fit_spin(self, needed: float) -> None:
+        """Choose the next round's spin by what the host has needed of late."""
+        self._needed.append(needed)
+        usual = sorted(self._needed)[int(USUAL * len(self._needed))]
+        self.cycles = FIRST_CYCLES
+        while usual > TIGHT * self.cycles and self.cycles < MAX_CYCLES:
+            self.cycles = min(2 * self.cycles, MAX_CYCLES)
 
 
 class HostClock:
@@ -245,6 +255,7 @@ class Overhead(NamedTuple):
     seconds: float
     empty_spin: float
     source: str
+    kernel: float | None = None  # the seconds of an empty spin, by the profiler
 
 
 def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overhead:
@@ -258,4 +269,4 @@ def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overh
     if kernel is None:
         empty = median_seconds(clock, lambda: None, rounds=50)
         return Overhead(empty, beside, "empty bracket: the profiler gave no kernel times")
-    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI")
+    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI", kernel)
