@@ -71,7 +71,28 @@ def test_every_case_is_on_disk_as_soon_as_it_is_added(tmp_path):
     for n in range(1, 4):
         ours.add(HEADER, case(f"impl{n}"))
         assert ours.finished == n
-        assert read(ours.path) == {**HEADER, "benchmarks": [case(f"impl{k}") for k in range(1, n + 1)]}
+        assert read(ours.path) == {**HEADER, "benchmarks": [case(f"impl{k}") for k in range(1, n + 1)], "not_run": []}
+
+
+def test_a_journal_holds_why_cases_did_not_run_unless_a_later_run_finished_them(tmp_path):
+    ours = Journal(tmp_path)
+    cells = [{"workload": WORKLOAD, "direction": "forward", "implementation": name, "reason": "why"} for name in ("a", "b", "c")]
+    ours.leave_out(cells[0])
+    assert ours.path is None  # with nothing finished there is nothing to keep
+    ours.add(HEADER, case("one"))
+    for cell in cells[1:]:
+        ours.leave_out(cell)
+    assert (ours.finished, read(ours.path)["not_run"]) == (1, cells)
+    later = Journal(tmp_path)
+    later.go_on(ours.path)
+    assert later.finished == 1
+    later.leave_out(cells[2] | {"reason": "still"})
+    finished = case("b")
+    finished["extra_info"]["direction"] = "forward"
+    later.add(HEADER, finished)
+    found = read(later.path)
+    assert found["not_run"] == [cells[0], cells[2] | {"reason": "still"}]
+    assert found["benchmarks"] == [case("one"), finished]
 
 
 def test_what_json_does_not_know_is_written_as_text(tmp_path):
@@ -214,7 +235,7 @@ def fails(capsys, *arguments):
 def test_a_journal_becomes_what_pytest_benchmark_would_have_written(tmp_path, capsys):
     path, output = written(tmp_path, "one", "two"), tmp_path / "deep" / "run.json"
     assert main(["journal", str(path), "-o", str(output)]) == 0
-    assert json.loads(output.read_text()) == {**HEADER, "benchmarks": [case("one"), case("two")]}
+    assert json.loads(output.read_text()) == {**HEADER, "benchmarks": [case("one"), case("two")], "not_run": []}
     assert capsys.readouterr().out == f"2 finished cases: {output}\n"
 
 

@@ -1,7 +1,7 @@
 """Results that survive: each finished case is appended and flushed at once, and a journal becomes pytest-benchmark JSON.
 
 A journal is JSON lines: first {"header": everything of the JSON but the benchmarks, "options": …, "sources": …}, which
---resume looks at, then one benchmark a line.
+--resume looks at, then one benchmark a line, or {"not_run": a case and the reason why it has no benchmark}.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ class Journal:
         self.folder, self.conditions = folder, conditions or {}
         self.path: Path | None = None
         self.finished = 0
+        self._before: list[dict[str, Any]] = []  # what did not run before the first finished case
+
+    def leave_out(self, cell: dict[str, str]) -> None:
+        """Append why a case has no result: what names it, and "reason"."""
+        if self.path is None:
+            self._before.append({"not_run": cell})
+        else:
+            self._append([{"not_run": cell}])
 
     def add(self, header: dict[str, Any], benchmark: dict[str, Any]) -> None:
         """Append one case (pytest-benchmark's dict of it) and hand it to the disk."""
@@ -34,12 +42,16 @@ class Journal:
             for old in sorted(self.folder.glob("*.jsonl"))[: -KEEP + 1]:
                 old.unlink(missing_ok=True)
             self.path = self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}.jsonl"
-            lines.insert(0, {"header": header, **self.conditions})
+            lines = [{"header": {**header, "not_run": []}, **self.conditions}, *self._before, benchmark]
+        self._append(lines)
+        self.finished += 1
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        assert self.path is not None
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-        self.finished += 1
 
     def go_on(self, path: Path) -> None:
         """Append to the journal of an earlier run, without the line that a kill may have cut."""
@@ -51,7 +63,7 @@ class Journal:
         except ValueError:
             kept = whole + b"\n" if whole else b""
         path.write_bytes(kept)
-        self.path, self.finished = path, kept.count(b"\n") - 1
+        self.path, self.finished = path, len(read(path)["benchmarks"])
 
     def keep(self, wanted: str | None, say: Callable[[str], None]) -> None:
         """Where the run ends without pytest's own ending: make the JSON file that was wanted, or say how to make one."""
@@ -82,9 +94,21 @@ def read(path: str | Path) -> dict[str, Any]:
     header = records[0].get("header") if records and isinstance(records[0], dict) else None
     if not isinstance(header, dict):
         raise ValueError(f"{str(path)!r} is not a journal of this suite: its first line has no header")
-    if not all(isinstance(record, dict) and "stats" in record for record in records[1:]):
+    if not all(
+        isinstance(record, dict) and ("stats" in record or isinstance(record.get("not_run"), dict)) for record in records[1:]
+    ):
         raise ValueError(f"{str(path)!r} is not a journal of this suite: a line is not a benchmark")
-    return {**header, "benchmarks": records[1:]}
+    benchmarks = [record for record in records[1:] if "stats" in record]
+    document = {**header, "benchmarks": benchmarks}
+    if "not_run" in header:
+        cells = {_cell(record["not_run"]): record["not_run"] for record in records[1:] if "not_run" in record}
+        finished = {_cell(benchmark.get("extra_info", {})) for benchmark in benchmarks}  # by a run that went on
+        document["not_run"] = [cell for key, cell in cells.items() if key not in finished]
+    return document
+
+
+def _cell(facts: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(facts.get(name) for name in ("workload", "direction", "form", "implementation"))
 
 
 def conditions(path: str | Path) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from .summary import Benchmark, Column, Line, significant, table, wrapped
 
 def write(reporter: Any, session: Any) -> None:
     """Print the summary of what the ranks measured, on the rank whose reporter shows it."""
-    spreads = session.spreads
-    if not spreads.results and not spreads.not_run:
+    results, cells = session.spreads.results, session.not_run
+    if not results and not cells:
         return
+    not_run = {(c["workload"], c["direction"], c["form"], c["implementation"]): c["reason"] for c in cells}
     info = session.machine_info | topology.facts(session.ranks)
     machine = [*environment.describe(info, session.state), describe(info)]
     reporter.section(f"attention on {session.ranks.size} ranks", "=", bold=True)
-    for line in render(spreads.results, spreads.not_run, machine, session.config.get_terminal_writer().fullwidth):
+    for line in render(results, not_run, machine, session.config.get_terminal_writer().fullwidth):
         reporter.write_line(line.text, **line.style)
 
 

@@ -153,15 +153,22 @@ def note_report(item: pytest.Item, report: pytest.TestReport) -> None:
     if report.failed:
         report.sections.append(("rerun this one alone", rerun_command(item.config, item.nodeid)))
     if case and report.skipped and isinstance(report.longrepr, tuple):
-        session.not_run.setdefault(case, report.longrepr[2].removeprefix("Skipped: "))
+        _leave_out(session, case, report.longrepr[2].removeprefix("Skipped: "))
     if case and report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         text = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
         for prefix in ("AssertionError: ", "Failed: ", f"{case[1]}: ", f"{case[1]} "):
             text = text.removeprefix(prefix)
-        session.not_run.setdefault(case, f"FAILED: {text}")
+        _leave_out(session, case, f"FAILED: {text}")
     if session.lost and report.failed:
         item.session.shouldfail = f"the CUDA device is lost, nothing more can run: {session.lost}"
+
+
+def _leave_out(session: Session, case: tuple[str, str], reason: str) -> None:
+    if session.ranks:
+        return  # told by all ranks together
+    workload, direction = ungrouped(case[0])
+    session.leave_out(reason, workload=workload, direction=direction, implementation=case[1])
 
 
 def rerun_command(config: pytest.Config, nodeid: str) -> str:
@@ -199,14 +206,7 @@ def update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> 
 
 def update_json(config: pytest.Config, document: dict[str, Any]) -> None:
     """Say in the JSON why cases did not run, so that a report of it can."""
-    session = session_of(config)
-    if session.ranks:
-        keys: tuple[str, ...] = ("workload", "direction", "form", "implementation")
-        reasons: dict[Any, str] = session.spreads.not_run
-    else:
-        keys = ("workload", "direction", "implementation")
-        reasons = {(*ungrouped(name), implementation): why for (name, implementation), why in session.not_run.items()}
-    document["not_run"] = [dict(zip(keys, case, strict=True)) | {"reason": reason} for case, reason in reasons.items()]
+    document["not_run"] = session_of(config).not_run
 
 
 def refuse_other_device(machine_info: dict[str, Any], compared: dict[str, Any]) -> None:
@@ -227,5 +227,6 @@ def write_summary(reporter: Any, config: pytest.Config) -> None:
     if session.selection.cpu_rule:
         machine.append(f"CPU-sized presets: {session.selection.cpu_rule}")
     reporter.section("attention", "=", bold=True)
-    for line in summary.render(session.results, session.not_run, machine, config.get_terminal_writer().fullwidth):
+    missing = {(group(c["workload"], c["direction"]), c["implementation"]): c["reason"] for c in session.not_run}
+    for line in summary.render(session.results, missing, machine, config.get_terminal_writer().fullwidth):
         reporter.write_line(line.text, **line.style)

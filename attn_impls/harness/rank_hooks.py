@@ -94,8 +94,9 @@ class RankHooks:
             return
         first = str(report.longrepr).strip().splitlines()[0]
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"FAILED: {first}"
-        cell = str(params["workload"]), direction_of(item), params["form"].name, params["implementation"].name
-        self.session.spreads.not_run.setdefault(cell, reason)
+        cell = {"workload": str(params["workload"]), "direction": direction_of(item)}
+        cell |= {"form": params["form"].name, "implementation": params["implementation"].name}
+        self.session.leave_out(reason, **cell)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         machine_info.update(topology.facts(self.ranks))

@@ -38,7 +38,7 @@ class Session:
         self.journal = Journal(Path(config.rootpath) / ".benchmarks" / "journal", resume.here(selection))
         self.resumed: resume.Resumed | None = None
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
-        self.not_run: dict[tuple[str, str], str] = {}  # (group of cases, implementation): why
+        self._left_out: dict[tuple[str, ...], dict[str, str]] = {}
         self.broken: dict[str, str] = {}
         self.lost = ""  # the culprit of a sticky CUDA error
         self._checked: dict[Case, tuple[Verdict, float]] = {}
@@ -208,10 +208,28 @@ class Session:
 
     def keep(self, result: dict[str, Any]) -> None:
         """Write a finished case to the journal. Where that fails it is still in memory, and pytest-benchmark saves it."""
-        try:
+        with self._journaling():
             self.journal.add(self.header, result)
+
+    def leave_out(self, reason: str, **cell: str) -> None:
+        """Remember why a case has no time. cell: workload, direction, implementation and, on several ranks, form."""
+        if tuple(cell.values()) in self._left_out:
+            return
+        self._left_out[tuple(cell.values())] = cell | {"reason": reason}
+        with self._journaling():
+            self.journal.leave_out(cell | {"reason": reason})
+
+    @property
+    def not_run(self) -> list[dict[str, str]]:
+        """The cases that have no time, each with the reason; the first where there were several."""
+        return list(self._left_out.values())
+
+    @contextlib.contextmanager
+    def _journaling(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            warnings.warn(f"no journal of this run: {error}", stacklevel=2)
+            warnings.warn(f"no journal of this run: {error}", stacklevel=4)
 
     def _baseline(self, case: Case, problem: Problem) -> Any:
         """The SDPA call to pair with; None for SDPA itself and where SDPA has no right answer to this workload."""

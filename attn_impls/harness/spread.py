@@ -25,7 +25,6 @@ class Spreads:
     def __init__(self, session: Any):
         self.session = session
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
-        self.not_run: dict[tuple[str, str, str, str], str] = {}  # (workload id, direction, form, implementation): why
         self._answers: tuple[Problem | None, dict[Any, Any]] = (None, {})
         self._same_inputs: set[Workload] = set()
         self._alone_missing = ""  # why one rank cannot do the whole problem of the case at hand
