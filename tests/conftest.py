@@ -91,6 +91,17 @@ def environment(changes: dict[str, str]) -> dict[str, str]:
     return inherited | fixed | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | changes
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For sizes far too small for more, on a machine that may be busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def suite_environment():
     return environment

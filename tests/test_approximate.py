@@ -15,6 +15,8 @@ from attn_impls.harness.oracle import Reference
 from attn_impls.registry import PRECISIONS, Implementation
 from attn_impls.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GQA, DECODE, CAPPED = WORKLOADS[4], WORKLOADS[9], WORKLOADS[6]
 WINDOWED = WORKLOADS[5]
 DTYPES = [w.replace(dtype=dtype) for w in (GQA, DECODE) for dtype in (torch.float16, torch.float32)]
@@ -24,15 +26,6 @@ RIGHT = Mutant("none", "", broken())
 def few(workloads, quick=(GQA, DECODE, CAPPED, WINDOWED)):
     """Parameters: some cover every feature, the others are slow for what they add."""
     return [pytest.param(w, id=str(w), marks=[] if w in quick else [pytest.mark.slow]) for w in workloads]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Sizes here are far too small for more, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -15,17 +15,11 @@ from attn_impls.harness.judge import Problem
 from attn_impls.harness.mutation import WORKLOADS, GradientBench
 from attn_impls.registry import REGISTRY, Implementation, discover
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 discover()
 FEW = [w for w in WORKLOADS if w.softcap or w.window or w.blind_rows or w.offset > 0 or w.v_head_dim != w.head_dim]
 RIGHT = broken()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def by_autograd(w: Workload, x: Inputs, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -13,17 +13,10 @@ from attn_impls.harness.mutation import WORKLOADS, Bench, report
 from attn_impls.registry import Implementation
 from attn_impls.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEW = [w for w in WORKLOADS if w.q_len > 1 and (w.softcap or w.offset > 0)]
 TRIED = [*WORKLOADS, *(w.replace(dtype=dtype) for w in FEW for dtype in (torch.float16, torch.float32))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Sizes here are far too small for more, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -14,14 +14,7 @@ from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.judge import Problem
 from attn_impls.registry import REGISTRY, Implementation
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Sizes here are far too small for more, and the machine may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def right(w: Workload, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class BackwardSteps:
     """
 
     kv_head: Callable[[Workload, int], int] = lambda w, h: h // w.group
-    mask: Callable[[Workload, Tensor, Tensor], Tensor] = right_mask
+    mask: steps.Where = right_mask
     factor: float = 1.0
     weights: Callable[[Workload, Tensor], Tensor] = steps.right_weights
     dout: Callable[[Workload, Tensor], Tensor] = lambda _w, dout: dout
@@ -92,15 +92,13 @@ def broken(**wrong: Any) -> Callable[[Workload], Kernel]:
 
 # Masks of the recomputed scores
 
-Where = Callable[[Workload, Tensor, Tensor], Tensor]
+
+def also(*where: Any) -> Callable[[Workload], Kernel]:
+    return broken(mask=steps.more_keys(*where))
 
 
-def also(where: Where, needs: str = "causal") -> Callable[[Workload], Kernel]:
-    return broken(mask=lambda w, i, j: right_mask(w, i, j) | (where(w, i, j) & bool(getattr(w, needs))))
-
-
-def but(where: Where, needs: str = "kv_len") -> Callable[[Workload], Kernel]:
-    return broken(mask=lambda w, i, j: right_mask(w, i, j) & ~(where(w, i, j) & bool(getattr(w, needs))))
+def but(*where: Any) -> Callable[[Workload], Kernel]:
+    return broken(mask=steps.fewer_keys(*where))
 
 
 MASKS = [

@@ -38,22 +38,18 @@ def broken(**wrong: Any) -> Callable[[Workload], Kernel]:
 
 # Masks
 
-Where = Callable[[Workload, Tensor, Tensor], Tensor]
-
 
 def without_tile(which: Callable[[int], int], size: int) -> Callable[[Workload], Kernel]:
     """One tile of keys never visited; `which` picks it among their number."""
     return but(lambda w, _i, j: j // size == which(math.ceil(w.kv_len / size)))
 
 
-def also(where: Where, needs: str = "causal") -> Callable[[Workload], Kernel]:
-    """The right mask and some keys more, on workloads that have what it `needs`."""
-    return broken(mask=lambda w, i, j: right_mask(w, i, j) | (where(w, i, j) & bool(getattr(w, needs))))
+def also(*where: Any) -> Callable[[Workload], Kernel]:
+    return broken(mask=steps.more_keys(*where))
 
 
-def but(where: Where, needs: str = "kv_len") -> Callable[[Workload], Kernel]:
-    """The right mask without some keys, on workloads that have what it `needs`."""
-    return broken(mask=lambda w, i, j: right_mask(w, i, j) & ~(where(w, i, j) & bool(getattr(w, needs))))
+def but(*where: Any) -> Callable[[Workload], Kernel]:
+    return broken(mask=steps.fewer_keys(*where))
 
 
 PLACES: dict[str, Callable[[int], int]] = {"first": lambda n: 0, "middle": lambda n: n // 2, "last": lambda n: n - 1}  # noqa: ARG005

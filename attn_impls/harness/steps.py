@@ -21,6 +21,19 @@ def right_mask(w: Workload, i: Tensor, j: Tensor) -> Tensor:
     return (j <= i) & (j > i - w.window) if w.window else j <= i
 
 
+Where = Callable[[Workload, Tensor, Tensor], Tensor]
+
+
+def more_keys(where: Where, needs: str = "causal") -> Where:
+    """The right mask and some keys more, on workloads that have what it `needs`."""
+    return lambda w, i, j: right_mask(w, i, j) | (where(w, i, j) & bool(getattr(w, needs)))
+
+
+def fewer_keys(where: Where, needs: str = "kv_len") -> Where:
+    """The right mask without some keys, on workloads that have what it `needs`."""
+    return lambda w, i, j: right_mask(w, i, j) & ~(where(w, i, j) & bool(getattr(w, needs)))
+
+
 def right_cap(w: Workload, scores: Tensor, _visible: Tensor) -> Tensor:
     return torch.tanh(scores / w.softcap) * w.softcap if w.softcap else scores
 
@@ -57,7 +70,7 @@ class Steps:
     kv_head: Callable[[Workload, int], int] = lambda w, h: h // w.group
     factor: Callable[[Workload], float] = lambda _w: 1.0
     cap: Callable[[Workload, Tensor, Tensor], Tensor] = right_cap
-    mask: Callable[[Workload, Tensor, Tensor], Tensor] = right_mask
+    mask: Where = right_mask
     hidden: float = -math.inf
     weights: Callable[[Workload, Tensor], Tensor] = right_weights
     product: Callable[[Workload, Tensor, Tensor], Tensor] = lambda _w, weights, v: weights @ v
