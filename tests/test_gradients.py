@@ -7,9 +7,10 @@ import torch
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import backward, gradients
+from attn_impls.harness.backward_steps import broken
 from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.clock import DeviceClock, HostClock, Subject
-from attn_impls.harness.gradient_mutants import GRADIENT_MUTANTS, broken
+from attn_impls.harness.gradient_mutants import GRADIENT_MUTANTS
 from attn_impls.harness.inputs import Inputs, needles, plain
 from attn_impls.harness.judge import Problem
 from attn_impls.harness.mutation import WORKLOADS, GradientBench
@@ -243,7 +244,7 @@ def test_flops_and_bytes_of_both_passes_add_up():
 
 ONE_WRONG = """
 from attn_impls import attention
-from attn_impls.harness.gradient_mutants import broken
+from attn_impls.harness.backward_steps import broken
 
 @attention("careless")
 def careless(w):
