@@ -34,4 +34,10 @@ def flash_attn3(w: Workload):
         raise Unsupported("FlashAttention-3 takes another v_head_dim with head_dim ≤ 64, or up to 128 with head_dim up to 192")
     window = (w.window - 1, 0) if w.window else (-1, -1)
     options = {"softmax_scale": w.scale, "causal": w.causal, "window_size": window, "softcap": w.softcap}
-    return lambda q, k, v: flash_attn_func(q, k, v, **options)
+
+    def without_gradient(q, k, v):
+        if q.requires_grad:
+            raise Unsupported("forward only: the fa3-fwd wheel has no backward pass")
+        return flash_attn_func(q, k, v, **options)
+
+    return without_gradient if forward_only else lambda q, k, v: flash_attn_func(q, k, v, **options)

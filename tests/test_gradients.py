@@ -161,6 +161,19 @@ def test_forward_only_is_a_limit(kernel, words):
         backward.gradients(case_of(lambda _: kernel, w), kernel, plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0))
 
 
+def test_xformers_reasons_are_told_without_its_inputs():
+    said = """No operator found for `memory_efficient_attention_backward` with inputs:
+     query       : shape=(1, 8192, 8, 4, 128) (torch.bfloat16)
+     attn_bias   : <class 'NoneType'>
+`cutlassB-pt` is not supported because:
+    operator wasn't built - see `python -m xformers.info` for more info
+    operator does not support BMGHK format
+`fa2B@2.5.7-pt` is not supported because:
+    operator does not support BMGHK format"""
+    wanted = "operator wasn't built - see `python -m xformers.info` for more info; operator does not support BMGHK format"
+    assert backward.forward_only(NotImplementedError(said)) == f"no backward here: {wanted}"
+
+
 def test_a_backward_pass_that_raises_fails_the_case():
     w = WORKLOADS[3]
     with pytest.raises(CaseFailed, match="ZeroDivisionError"):

@@ -61,8 +61,9 @@ def forward_only(error: Exception) -> str:
         return f"forward only: {said[0]}"
     if not isinstance(error, NotImplementedError):
         return ""
-    reasons = dict.fromkeys(line.strip() for line in str(error).splitlines() if line.startswith("    "))  # as xFormers lists them
-    return f"no backward here: {'; '.join(reasons) or one_line(error)}"
+    _, because, rest = str(error).partition("not supported because")  # as xFormers lists reasons, after the inputs
+    listed = [line.strip() for line in rest.splitlines() if line.startswith("    ")] if because else []
+    return f"no backward here: {'; '.join(dict.fromkeys(listed)) or one_line(error)}"
 
 
 def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:

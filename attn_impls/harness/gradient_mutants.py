@@ -184,6 +184,19 @@ def remembering(which: int) -> Callable[[Workload], Kernel]:
     return build
 
 
+def columns_not_cleared(w: Workload) -> Kernel:
+    """The last columns of dQ are added to what the previous call left in the accumulator."""
+    left: list[Tensor] = []
+
+    def after(_w: Workload, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
+        left.append(dq.clone())
+        if len(left) > 1:
+            dq[..., -8:] += left[-2][..., -8:]
+        return dq, dk, dv
+
+    return broken(after=after)(w)
+
+
 def swapped_dk_dv(w: Workload, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
     return (dq, dv, dk) if w.head_dim == w.v_head_dim else (dq, dk, dv)
 
@@ -198,6 +211,7 @@ OUTPUTS = [
     Mutant("dK's last tile unwritten", "kv_len // 64 tiles", finally_(lambda _w, dq, dk, dv: (dq, unwritten(dk), dv))),
     Mutant("previous call's dK", "a buffer returned too early", remembering(-2)),
     Mutant("first call's dK", "a graph captured once", remembering(0)),
+    Mutant("dQ's last columns not cleared", "head dim padded to 80, an accumulator of 96 (flash-attn 4)", columns_not_cleared),
     Mutant("zero dV", "never launched", finally_(lambda _w, dq, dk, dv: (dq, dk, torch.zeros_like(dv)))),
     Mutant("one NaN in dK", "0 / 0", finally_(lambda _w, dq, dk, dv: (dq, spoiled(dk, math.nan), dv))),
     Mutant("one infinity in dQ", "overflow", finally_(lambda _w, dq, dk, dv: (spoiled(dq, math.inf), dk, dv))),
