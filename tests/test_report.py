@@ -11,6 +11,7 @@ from attn_impls import Workload
 from attn_impls.__main__ import main
 from attn_impls.harness.report import circumstances, command, load, tables
 from attn_impls.harness.report.style import PALETTE, THEMES
+from attn_impls.harness.summary import significant
 
 H200 = sorted((Path(__file__).parent.parent / ".benchmarks" / "Linux-CPython-3.12-64bit").glob("000*h200*.json"))
 SEED, CAUSAL, SHORT = "b1-h32-s8192-d128-bf16", "b1-h32-s8192-d128-causal-bf16", "b1-h32-s1024-d128-bf16"
@@ -145,12 +146,11 @@ def test_the_fastest_is_named_with_those_too_near_to_it(files):
 
 
 def test_the_ranking_is_over_shared_workloads_alone(files):
-    rows = (case(CAUSAL, "sdpa", 2.0), case(CAUSAL, "fast", 4.0), case(SHORT, "else", 1.0))
+    rows = (case(CAUSAL, "sdpa", 2.0), case(CAUSAL, "fast", 4.0))
     (found,) = sections(*files(document(*THREE, *rows)))
     ranking = tables.ranking(found)
     assert [row[1] for row in cells(ranking)] == ["fast", "near", "sdpa"]
-    assert ranking.note.startswith(f"Geometric mean over the 1 of 3 workloads that all of these have: {SEED}.")
-    assert ranking.note.endswith("too few: else.")
+    assert ranking.note.startswith(f"Geometric mean over the 1 of 2 workloads that all of these have: {SEED}.")
     means = {row[1]: row[2] for row in cells(ranking)}
     assert means["fast"] == "2.00×"  # 2 / 1 on SEED; its 0.5 on CAUSAL, which "near" lacks, does not count
     assert means["sdpa"] == "1.00×"
@@ -158,6 +158,25 @@ def test_the_ranking_is_over_shared_workloads_alone(files):
         *files(document(*(row for row in (*THREE, *rows) if row["extra_info"]["implementation"] in ("sdpa", "fast"))))
     )
     assert {row[1]: row[2] for row in cells(tables.ranking(both))}["fast"] == "1.00×"  # √(2 × 0.5)
+
+
+def test_who_ran_on_few_workloads_is_not_ranked_and_takes_none_from_the_others(files):
+    rows = (case(CAUSAL, "sdpa", 2.0), case(CAUSAL, "fast", 4.0), case(SHORT, "else", 1.0))
+    (found,) = sections(*files(document(*THREE, *rows)))
+    ranking = tables.ranking(found)
+    assert {row[1] for row in cells(ranking)} == {"fast", "sdpa"}
+    assert ranking.note.startswith(f"Geometric mean over the 2 of 3 workloads that all of these have: {SEED}, {CAUSAL}.")
+    assert ranking.note.endswith("Not ranked, on too few workloads: near (1), else (1).")
+
+
+def test_a_rate_is_of_what_limits_the_workload(files):
+    memory = case(SEED, "sdpa", 2.0)
+    memory["extra_info"]["limit_bound"] = "memory"
+    (found,) = sections(*files(document(memory)))
+    w = Workload.parse(SEED)
+    assert cells(tables.winners(found))[0][3] == f"{significant(w.bytes('forward') / 2e-3 / 1e9)} GB/s"
+    (found,) = sections(*files(document(case(SEED, "sdpa", 2.0))))
+    assert cells(tables.winners(found))[0][3] == f"{significant(w.flops('forward') / 2e-3 / 1e12)} TFLOP/s"
 
 
 def test_directions_and_devices_are_never_mixed(files):

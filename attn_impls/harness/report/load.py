@@ -164,6 +164,8 @@ def _row(info: dict[str, Any], stats: dict[str, Any]) -> Row:
     if flops:
         row |= {"tflops": flops / ms / 1e9, "tflops_low": flops / high / 1e9, "tflops_high": flops / low / 1e9}
         row |= {"intensity": bytes_ and flops / bytes_, "limit_tflops": limit and flops / limit / 1e9}
+    if bytes_:
+        row["gb_per_s"] = bytes_ / ms / 1e6
     for source in ("datasheet", "ceiling"):
         row |= {f"{source}_{rate}": number(f"{source}_{rate}") for rate in ("tflops", "tb_per_s")}
     if info.get("form"):

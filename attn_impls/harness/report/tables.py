@@ -109,7 +109,7 @@ def winners(section: Section) -> Table:
         groups.setdefault((row["workload"], row.get("form"), row.get("world_size")), []).append(row)
     records = [_winner(sorted(rows, key=lambda row: row["ms"]), section.spread) for rows in groups.values()]
     who = ("<workload", "<form", "ranks", "<fastest") if section.spread else ("<workload", "<fastest")
-    what = ("time", "efficiency") if section.spread else ("time", "TFLOP/s", "% limit", "vs sdpa [95 % CI]")
+    what = ("time", "efficiency") if section.spread else ("time", "rate", "% limit", "vs sdpa [95 % CI]")
     note = (
         f"≈: too near to call: less than {100 * CLOSE:.0f} % behind in median time or in speed-up over SDPA of the same rounds, "
         "or the quartiles overlap."
@@ -123,7 +123,7 @@ def _winner(rows: list[Row], spread: bool) -> Record:
     following = f"{name(others[0])} ({_behind(others[0]['ms'] / best['ms'])})" if others else "–"
     following = "≈ " + ", ".join(name(row) for row in near) if near else following
     who = (best["form"], str(best["world_size"])) if spread else ()
-    what = (percent(best["efficiency"]),) if spread else (number(best.get("tflops")), percent(best["percent"]), versus(best))
+    what = (percent(best["efficiency"]),) if spread else (rate(best), percent(best["percent"]), versus(best))
     return Record((title(best), *who, name(best), milliseconds(best["ms"]), *what, following), best["workload"])
 
 
@@ -132,11 +132,16 @@ def _behind(times: float) -> str:
 
 
 def ranking(section: Section) -> Table | None:
-    """Geometric means over the workloads that all ranked implementations share; None where there is nothing to rank."""
+    """Geometric means over the workloads that all ranked implementations share; None where there is nothing to rank.
+
+    Who ran on fewer than half of the workloads is not ranked: it would shrink what the others are compared on.
+    """
     by_name: dict[str, dict[str, Row]] = {}
     for row in section.rows:
         by_name.setdefault(row["implementation"], {})[row["workload"]] = row
-    ranked = dict(by_name)
+    total = len(section.workloads)
+    ranked = {one: rows for one, rows in by_name.items() if 2 * len(rows) >= total}
+    ranked = ranked if len(ranked) > 1 else dict(by_name)
     while not (shared := _shared(ranked)) and len(ranked) > 1:
         del ranked[min(ranked, key=lambda one: sum(w in rows for w in ranked[one] for rows in ranked.values()))]
     if section.spread or len(ranked) < 2:
@@ -149,7 +154,6 @@ def ranking(section: Section) -> Table | None:
 
     means = {one: mean(rows) for one, rows in ranked.items()}
     first = [row["implementation"] for rows in section.workloads.values() for row in leaders(rows)]
-    total = len(section.workloads)
     records = [
         Record((str(n), one, f"{ratio(means[one])}×", f"{first.count(one)}", f"{len(by_name[one])} of {total}"), "", one)
         for n, one in enumerate(sorted(means, key=means.__getitem__, reverse=True), 1)
@@ -157,7 +161,7 @@ def ranking(section: Section) -> Table | None:
     left = [one for one in by_name if one not in ranked]
     which = f"the {len(shared)} of {total} workloads that all of these have: {', '.join(shared)}"
     over = f"Geometric mean over {which if len(shared) < total else f'all {total} workloads'}."
-    without = f" Not ranked, since it shares too few: {', '.join(left)}." if left else ""
+    without = f" Not ranked, on too few workloads: {', '.join(f'{one} ({len(by_name[one])})' for one in left)}." if left else ""
     measure = "vs sdpa" if paired else "vs fastest"
     return Table(("rank", "<implementation", measure, "fastest or ≈ on", "ran on"), records, over + without)
 
@@ -187,6 +191,13 @@ def milliseconds(ms: float) -> str:
 
 def number(x: float | None) -> str:
     return "–" if x is None else significant(x)
+
+
+def rate(row: Row) -> str:
+    """What the workload's limit is reckoned in: GB/s where memory is the limit, else TFLOP/s."""
+    if row["limit_bound"] == "memory" and row.get("gb_per_s") is not None:
+        return f"{number(row['gb_per_s'])} GB/s"
+    return "–" if row.get("tflops") is None else f"{number(row['tflops'])} TFLOP/s"
 
 
 def percent(x: float | None) -> str:
@@ -223,7 +234,7 @@ SINGLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("<workload", title),
     ("<implementation", name),
     *_TIME,
-    ("TFLOP/s", lambda row: number(row.get("tflops"))),
+    ("rate", rate),
     ("limit", _limit),
     ("% limit", lambda row: percent(row["percent"])),
     ("vs sdpa [95 % CI]", versus),
