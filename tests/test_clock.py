@@ -254,6 +254,22 @@ def test_the_sm_clock_is_recovered_exactly(mhz, host, event, empty):
     assert clock.retries > 0 if host else clock.retries == 0
 
 
+def test_a_stall_before_the_spin_leaves_no_reading_of_the_sm_clock():
+    gpu = FakeGpu()
+    clock, spin = DeviceClock(gpu), gpu.spin
+    assert sample(clock, gpu.call(KERNEL)).sm_mhz == pytest.approx(MHZ, rel=1e-9)
+
+    def late_spin(cycles):
+        gpu.work(1e-3 if cycles == FIRST_CYCLES else 0.0)
+        spin(cycles)
+
+    gpu.spin = late_spin
+    found = sample(clock, gpu.call(KERNEL))
+    assert found.sm_mhz != found.sm_mhz
+    assert found.seconds == pytest.approx(KERNEL, rel=1e-9)
+    assert (found.late, clock.retries, clock.cycles) == (False, 0, FIRST_CYCLES)
+
+
 def test_the_cache_is_cold_and_the_device_idle_before_every_spin():
     gpu = FakeGpu()
     DeviceClock(gpu).prepare(Subject(gpu.call(KERNEL)))
@@ -327,6 +343,15 @@ def test_ranks_spin_alike_after_one_of_them_was_short_of_time(after):
     assert ranks.clocks[0].cycles == ranks.clocks[1].cycles
     ranks.run((ranks.gpus[0].item, ranks.gpus[1].item))
     assert ranks.gpus[0].spins == ranks.gpus[1].spins
+
+
+def test_each_rank_calibrates_its_own_overhead():
+    ranks = Ranks()
+    for n, (gpu, clock) in enumerate(zip(ranks.gpus, ranks.clocks, strict=True)):
+        gpu.event_seconds, gpu.empty_spin, clock.kernel = (n + 1) * 1e-6, 1.3e-6, 1.3e-6
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(DeviceClock.reset, ranks.clocks))
+    assert [clock.overhead for clock in ranks.clocks] == pytest.approx([1e-6, 2e-6], rel=1e-6)
 
 
 def test_agree_sees_device_time_without_the_overhead():

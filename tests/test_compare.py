@@ -51,6 +51,15 @@ def test_paired_ratio_decides_and_not_the_time(compare):
     assert "1 pair, no interval" in out
 
 
+@pytest.mark.parametrize(("rate", "verdict"), [(1.0, "INCONCLUSIVE"), (1.1, "REGRESSED")])
+def test_one_ratio_is_not_believed_against_the_time_of_a_machine_that_stood_still(compare, rate, verdict):
+    """The case became faster, and SDPA in its rounds more so: on a machine that became faster too, the case did not keep up."""
+    before, after = saved_case("a", 1e-3, 1.0), saved_case("a", 0.97e-3, 0.95, ceiling=rate)
+    code, verdicts, out = compare([saved_run(before)], [saved_run(after)])
+    assert (code, verdicts) == (2 if verdict == "INCONCLUSIVE" else 1, {"a": verdict})
+    assert ("its own time went the other way (-3.0 %)" in out) == (verdict == "INCONCLUSIVE")
+
+
 def test_rows_begin_with_what_matters(compare):
     _, verdicts, _ = compare(*pair({"a": (1, 1), "b": (1, 1)}, {"a": (1, 1), "b": (1, 0.5)}))
     assert list(verdicts) == ["b", "a"]

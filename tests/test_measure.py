@@ -226,7 +226,7 @@ def test_a_ratio_survives_samples_of_no_time():
 
 
 FACTS = {
-    "timer", "overhead_us", "raw_median_us", "host_bound", "late_rounds", "late_baseline_rounds", "remeasured_rounds", "cold_l2",
+    "timer", "overhead_us", "raw_median_us", "host_bound", "late_rounds", "late_baseline_rounds", "remeasured_rounds", "cold_l2", "sdpa_s",
     "sm_mhz_median", "sm_mhz_p5", "sm_clock_unsteady", "vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high",
 }  # fmt: skip
 
@@ -242,16 +242,30 @@ def test_facts_of_a_device_case():
     assert (found["sm_mhz_median"], found["sm_mhz_p5"], found["sm_clock_unsteady"]) == (1500.0, 1500.0, False)
     assert found["vs_sdpa"] == pytest.approx(2.0)
     assert found["vs_sdpa_ci_low"] <= found["vs_sdpa"] <= found["vs_sdpa_ci_high"]
+    assert found["sdpa_s"] == 1e-4
 
 
 def test_facts_of_a_cpu_case():
     clock = SimpleNamespace(timer="host", overhead=0.0, cold_l2=False)
     found = facts(Timing(samples([1.0] * 5, mhz=float("nan")), None, 0), clock)
     assert set(found) == FACTS
-    nothing = ("sm_mhz_median", "sm_mhz_p5", "vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")
-    assert [found[key] for key in nothing] == [None] * 5
+    nothing = ("sm_mhz_median", "sm_mhz_p5", "vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high", "sdpa_s")
+    assert [found[key] for key in nothing] == [None] * 6
     assert found["sm_clock_unsteady"] is False
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(("late", "told"), [(0, True), (10, True), (11, False)])
+def test_a_baseline_that_measured_the_host_is_no_baseline(late, told):
+    baseline = samples([1.0] * late, late=True) + samples([1.0] * (20 - late))
+    found = facts(Timing(samples([1.0] * 20), baseline, 0), FakeClock())
+    assert (found["vs_sdpa"] == 1.0) == told
+    assert found["late_baseline_rounds"] == late
+
+
+def test_rounds_without_a_reading_of_the_sm_clock_do_not_count_for_it():
+    found = facts(Timing(samples([1.0] * 9, mhz=float("nan")) + samples([1.0], mhz=1700.0), None, 0), FakeClock())
+    assert (found["sm_mhz_median"], found["sm_mhz_p5"], found["sm_clock_unsteady"]) == (1700.0, 1700.0, False)
 
 
 @pytest.mark.parametrize(("late", "bound"), [(0, False), (1, False), (10, False), (11, True), (20, True)])

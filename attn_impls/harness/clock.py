@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-LEAD_CYCLES = 60_000  # keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
+LEAD_CYCLES = 120_000  # keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
 FIRST_CYCLES = 200_000  # about 0.1 ms
 MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device itself
 TIGHT = 0.5  # of the spin is what the host may use in a usual round
-# A round is usual if at most a fifth of the recent ones took the host longer: those in which it stalled are few, and those of
+# The spin fits all but the longest of the recent rounds, fewer than a fifth of them: in those the host stalled, and those of
 # them that were late are measured again, which costs less than long spins for all.
 RECENT, USUAL = 15, 0.8
 CALIBRATING_ROUNDS = 20
@@ -30,7 +30,7 @@ CPU_ROUND_SECONDS = 1e-3
 class Sample(NamedTuple):
     seconds: float  # of one call, the bracket's overhead taken off
     host_seconds: float  # what one enqueue costs the CPU
-    sm_mhz: float  # SM clock during the spin before the call; nan on a CPU
+    sm_mhz: float  # SM clock during the spin before the call; nan on a CPU, and where the host stalled before the spin
     late: bool  # the device was idle before the call was enqueued: this measured the host
 
 
@@ -126,6 +126,9 @@ class DeviceClock:
         self.retries = 0
         self._needed: deque[float] = deque(maxlen=RECENT)  # by the host in each round, in cycles of the spin
         self._spun_at = 0.0
+        self._own = 0.0  # seconds of the last round, on this rank
+        self._cycle = 1 / 2e9  # seconds, by the last spin that was measured
+        self._gapless = True  # the spin was there before its lead ended, so that the event between them is its beginning
         self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
         self._spun = driver.event() if align else self._start  # the spin's end
 
@@ -140,8 +143,12 @@ class DeviceClock:
         self.cycles = FIRST_CYCLES
         self._needed.clear()
         if self.kernel is not None:
-            empty = median_seconds(self, partial(self.driver.spin, 0), CALIBRATING_ROUNDS)
-            self.overhead = max(0.0, empty + self.overhead - self.kernel)
+            subject, brackets = Subject(partial(self.driver.spin, 0)), []
+            for _ in range(CALIBRATING_ROUNDS):
+                self.prepare(subject)
+                self.sample(subject)
+                brackets.append(self._own + self.overhead)
+            self.overhead = max(0.0, statistics.median(brackets) - self.kernel)
             self._needed.clear()
 
     def quiet(self) -> None:
@@ -153,10 +160,12 @@ class DeviceClock:
         """Make the call ready and the device quiet, then let it spin while the caller enqueues."""
         make_ready(subject.call)
         self.quiet()
+        began = self.driver.host_time()
         self.driver.spin(LEAD_CYCLES)
         self._before.record()
         self.driver.spin(self.cycles)
         self._spun_at = self.driver.host_time()
+        self._gapless = self._spun_at - began < LEAD_CYCLES * self._cycle
         if self.align:
             self._spun.record()
             self.align()
@@ -173,15 +182,16 @@ class DeviceClock:
             late = self._start.query()
             used = self.driver.host_time() - self._spun_at
             self._stop.synchronize()
-            spin_seconds = self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin
-            seconds = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
-            seconds, late, share = self.agree(seconds, late, used / spin_seconds)
+            if self._gapless:
+                self._cycle = (self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin) / spun
+            self._own = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
+            seconds, late, share = self.agree(self._own, late, used / (spun * self._cycle))
             self._fit_spin(share * spun)
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
             self.prepare(subject)
-        sample = Sample(seconds, host, spun / spin_seconds * 1e-6, late)
+        sample = Sample(seconds, host, 1e-6 / self._cycle if self._gapless else float("nan"), late)
         subject.samples.append(sample)
         self.now += seconds
         return sample

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +14,7 @@ import torch.distributed as dist
 from ..parallel.collectives import all_gather, reduce_scatter
 from ..parallel.plan import Traffic
 from . import measure
-from .clock import CPU_ROUND_SECONDS, Clock, CudaDriver, DeviceClock, HostClock, Overhead, Sample, Subject, median_seconds
+from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, Sample, Subject, median_seconds
 from .ranks import Ranks
 
 PROBE_ROUNDS = 10
@@ -40,7 +38,7 @@ def clock(ranks: Ranks, driver: CudaDriver | None, overhead: Callable[[], Overhe
     if driver is None:
         return HostClock(agree=Makespan(ranks), align=ranks.align)
     one, found = torch.ones(1, device="cuda"), overhead()
-    return DeviceClock(driver, found.seconds, found.empty_spin, Makespan(ranks), align=lambda: _all_reduce(one))
+    return DeviceClock(driver, found.seconds, found.empty_spin, Makespan(ranks), lambda: _all_reduce(one), found.kernel)
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:
@@ -84,7 +82,7 @@ class Rounds:
     def run(self, benchmark: Any, rounds: int | None, warmup_rounds: int | None) -> dict[str, Track]:
         """Time all calls; rank 0 decides how often, where the caller does not."""
         self.clock.reset()
-        planned, warmup = self.ranks.decided(self._plan())
+        planned, warmup = self.ranks.decided(measure.plan(self.clock, list(self.tracks.values()), self._sample))
         rounds = rounds or planned
         warmup = warmup if warmup_rounds is None else warmup_rounds
         done, retries = len(self.subject.samples), self.clock.retries
@@ -122,20 +120,6 @@ class Rounds:
         if self.count % 2:
             self._measure_others()
         self.count += 1
-
-    def _plan(self) -> tuple[int, int]:
-        """Rounds and warm-up rounds for the time there is, after setting how often a CPU round loops its call."""
-        for _ in range(2):
-            started = time.perf_counter()
-            for track in self.tracks.values():
-                self.clock.prepare(track)
-                seconds = self._sample(track).seconds
-                if self.clock.timer == "host":  # of the slowest rank, so that all loop alike
-                    track.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(seconds, 1e-9)))
-            a_round = time.perf_counter() - started
-        rounds = min(measure.MAX_ROUNDS, max(measure.MIN_ROUNDS[self.clock.timer], int(measure.ROUND_BUDGET_SECONDS / a_round)))
-        warmup = max(measure.MIN_WARMUP, math.ceil(measure.WARMUP_SECONDS / a_round))
-        return rounds, min(warmup, measure.MAX_WARMUP)
 
 
 class Probe:

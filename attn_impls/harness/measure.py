@@ -6,10 +6,10 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ WARMUP_SECONDS = 0.2
 MIN_WARMUP, MAX_WARMUP = 3, 10
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
 THROTTLED = 0.95  # p5 of the SM clock below this share of its median
+
+
+S = TypeVar("S", bound=Subject)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def run(
     """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones."""
     clock.reset()
     subject, other = Subject(call), Subject(baseline) if baseline else None
-    planned, warmup = _plan(clock, subject, other)
+    planned, warmup = plan(clock, [s for s in (subject, other) if s], clock.sample)
     rounds = rounds or planned
     warmup = warmup if warmup_rounds is None else warmup_rounds
     timed = slice(len(subject.samples) + warmup, len(subject.samples) + warmup + rounds)  # --benchmark-cprofile adds more
@@ -79,16 +82,18 @@ def run(
     return Timing(subject.samples[timed], other.samples[timed] if other else None, clock.retries - retries)
 
 
-def _plan(clock: Clock, subject: Subject, other: Subject | None) -> tuple[int, int]:
-    """Rounds and warm-up rounds for the time there is, after setting how often a CPU round loops its call."""
-    subjects = [s for s in (subject, other) if s]
+def plan(clock: Clock, subjects: Sequence[S], sample: Callable[[S], Sample]) -> tuple[int, int]:
+    """Rounds and warm-up rounds for the time there is, after setting how often a CPU round loops its call.
+
+    subjects: what each round times; sample: times one of them.
+    """
     for _ in range(2):
         started = time.perf_counter()
         for s in subjects:
             clock.prepare(s)
-            sample = clock.sample(s)
+            seconds = sample(s).seconds
             if clock.timer == "host":
-                s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(sample.seconds, 1e-9)))
+                s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(seconds, 1e-9)))
         a_round = time.perf_counter() - started
     a_round = max(a_round, CPU_ROUND_SECONDS * len(subjects)) if clock.timer == "host" else a_round
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS[clock.timer], int(ROUND_BUDGET_SECONDS / a_round)))
@@ -97,8 +102,11 @@ def _plan(clock: Clock, subject: Subject, other: Subject | None) -> tuple[int, i
 
 
 def paired_ratio(timing: Timing) -> tuple[float, float, float] | None:
-    """t_baseline / t_case: the median of the rounds' ratios, and its 95 % interval from the ratios' order statistics."""
-    if not timing.baseline:
+    """t_baseline / t_case: the median of the rounds' ratios, and its 95 % interval from the ratios' order statistics.
+
+    None without a baseline, and where its rounds measured the host.
+    """
+    if not timing.baseline or host_bound(timing.baseline):
         return None
     pairs = zip(timing.baseline, timing.samples, strict=True)
     ratios = sorted(base.seconds / sample.seconds for base, sample in pairs if sample.seconds > 0)
@@ -109,10 +117,15 @@ def paired_ratio(timing: Timing) -> tuple[float, float, float] | None:
     return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 
 
+def host_bound(samples: list[Sample]) -> bool:
+    """Whether most rounds found the device idle: these times are the host's."""
+    return sum(sample.late for sample in samples) > len(samples) / 2
+
+
 def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
     """The flat extra_info that the samples themselves give."""
     samples = timing.samples
-    mhz = sorted(sample.sm_mhz for sample in samples)
+    mhz = sorted(sample.sm_mhz for sample in samples if not math.isnan(sample.sm_mhz)) or [math.nan]
     clocked = not math.isnan(mhz[0])
     median_mhz, p5_mhz = statistics.median(mhz), mhz[len(mhz) // 20]
     ratio = paired_ratio(timing)
@@ -120,9 +133,10 @@ def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
         "timer": clock.timer,
         "overhead_us": clock.overhead * 1e6,
         "raw_median_us": (timing.median + clock.overhead) * 1e6,
-        "host_bound": sum(sample.late for sample in samples) > len(samples) / 2,
+        "host_bound": host_bound(samples),
         "late_rounds": sum(sample.late for sample in samples),
         "late_baseline_rounds": sum(sample.late for sample in timing.baseline or []),
+        "sdpa_s": statistics.median(sample.seconds for sample in timing.baseline) if timing.baseline else None,
         "remeasured_rounds": timing.retries,
         "cold_l2": clock.cold_l2,
         "sm_mhz_median": median_mhz if clocked else None,

@@ -127,7 +127,19 @@ def _row(key: Key, pairs: list[tuple[Run, Run]], trusted: bool, controls: dict[s
     control = controls.get(both[0][0].dtype)
     if not paired and control and control.verdict in CHANGED:
         return replace(row, evidence=evidence, reason=f"the machine moved: its control {percent(control.change)}")
-    return replace(row, verdict=evidence.verdict, evidence=evidence)
+    row = replace(row, verdict=evidence.verdict, evidence=evidence)
+    if paired and len(both) < MIN_PAIRS and control and control.verdict == SAME and evidence.verdict in CHANGED:
+        return _followed_by_time(row, judge([_time_log(a, b) for a, b in usable], floor))
+    return row
+
+
+def _followed_by_time(row: Row, time: Evidence) -> Row:
+    """A change against SDPA on a machine that stood still is not the case's own where its time went the other way."""
+    assert row.evidence
+    if time.change * row.evidence.change >= 0:
+        return row
+    reason = f"its own time went the other way ({percent(time.change)}) on a machine that stood still: SDPA's moved"
+    return replace(row, verdict=INCONCLUSIVE, reason=reason)
 
 
 def _makespan(row: Row, both: Pairs, floor: float) -> Row:
