@@ -226,7 +226,8 @@ def test_a_ratio_survives_samples_of_no_time():
 
 
 FACTS = {
-    "timer", "overhead_us", "raw_median_us", "host_bound", "late_rounds", "late_baseline_rounds", "remeasured_rounds", "cold_l2", "sdpa_s",
+    "timer", "overhead_us", "raw_median_us", "host_bound", "late_rounds", "late_baseline_rounds", "remeasured_rounds", "cold_l2",
+    "sdpa_s",
     "sm_mhz_median", "sm_mhz_p5", "sm_clock_unsteady", "vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high",
 }  # fmt: skip
 
