@@ -6,6 +6,12 @@ import textwrap
 import time
 
 import pytest
+import torch
+
+from attn_impls import Workload
+from attn_impls.harness import session
+from attn_impls.harness.case import Case
+from attn_impls.registry import discover
 
 FIRST, SECOND = "b1-h2-s32-d16-fp32", "b1-h2kv1-s33-d16-causal-fp32"
 QUICK = ("--rounds", "3", "--warmup-rounds", "1")
@@ -56,6 +62,7 @@ WRONG_KERNELS = {
     "pair": ("(right(w)(q, k, v), None)", "returned tuple, not a tensor"),
     "nothing": ("None", "returned NoneType, not a tensor"),
     "mutates": ("(right(w)(q, k, v), k.zero_())[0]", "changed its input k"),
+    "mutates_in_rounds": ("(right(w)(q, k, v), in_rounds() and k.zero_())[0]", "changed its input k while it was timed"),
     "raises": ("must(RuntimeError('boom\\n' * 200))", "raised in its kernel: RuntimeError: boom"),
     "raises_in_round": (
         "must(OSError('late')) if third_round() else right(w)(q, k, v)",
@@ -148,6 +155,18 @@ def test_failures_bring_no_warnings(bad_run):
     assert "warnings summary" not in bad_run.out
 
 
+def test_a_check_that_runs_out_of_memory_costs_its_case_only(suite, monkeypatch):
+    case = Case(Workload.parse(FIRST), discover()["sdpa"], "cpu")
+    released = []
+    monkeypatch.setattr(session, "release", lambda device, failure: released.append((device, failure)))
+    with (
+        pytest.raises(pytest.fail.Exception, match=f"the check of {FIRST} ran out of memory: OutOfMemoryError: no room"),
+        suite.outcome(case),
+    ):
+        raise torch.OutOfMemoryError("no room")
+    assert [device for device, _ in released] == [suite.device]
+
+
 def test_skips_say_why(bad_run):
     assert "absent  " in bad_run.table
     assert "not installed: pip install no-such-dist" in bad_run.table
@@ -157,7 +176,7 @@ def test_skips_say_why(bad_run):
 def test_correctness_fails_where_the_benchmark_does(run_suite, bad_run):
     run = run_suite(*ONE, "-m", "correctness", "--impl=sdpa,./bad.py,handcrafted", cwd=bad_run.cwd)
     assert run.code == 1
-    for name in BAD.keys() - {"raises_in_round"}:
+    for name in BAD.keys() - {"raises_in_round", "mutates_in_rounds"}:
         for test in ("test_oracle", "test_allclose_to_sdpa"):
             failure = run.failure(f"{test}[{FIRST}-{name}]")
             assert failure.startswith(name), (test, name)

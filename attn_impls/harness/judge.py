@@ -79,6 +79,7 @@ class Problem:
 
     def __init__(self, workload: Workload, device: str, seed: int):
         self.workload, self.device, self.seed = workload, device, seed
+        self._natives: dict[str, Inputs] = {}
 
     @cached_property
     def plain(self) -> Inputs:
@@ -125,11 +126,25 @@ class Problem:
         return first, second
 
     def call(self, case: Case, kernel: Kernel) -> Callable[[], Any]:
-        """What is timed of a case: its kernel, its gradients, or both, on copies of the plain inputs in its layout."""
-        native = self.plain.as_layout(case.implementation.layout)
+        """What is timed of a case: its kernel, its gradients, or both, on the plain inputs in its layout."""
+        layout = case.implementation.layout
+        native = self.native(layout)
         if case.direction == "forward":
             return partial(kernel, *native)
-        return backward.CALLS[case.direction](kernel, native, as_layout(self.douts[1], case.implementation.layout))
+        return backward.CALLS[case.direction](kernel, native, as_layout(self.douts[1], layout))
+
+    def native(self, layout: str) -> Inputs:
+        """The plain inputs in a layout, the same tensors for every case: where they lie in memory can cost some percent."""
+        if layout not in self._natives:
+            self._natives[layout] = self.plain.as_layout(layout)
+        return self._natives[layout]
+
+    def changed(self, layout: str) -> str:
+        """The input that the calls in this layout have changed, "" if none; `native` makes them anew."""
+        complaint = _complaint(None, self.plain, self.native(layout), layout)
+        if complaint:
+            del self._natives[layout]
+        return complaint
 
     @cached_property
     def gradient_heads(self) -> dict[str, list[int]]:

@@ -15,7 +15,7 @@ from ..workload import Workload
 from .case import Broken, Case, CaseFailed, DeviceLost, build, call
 from .inputs import Inputs
 
-SLOW = 0.3  # seconds; an implementation that builds for longer, imports aside, is asked less
+SLOW = 0.3  # seconds that an answer may take, building included, before an implementation in a hurry is asked no more
 APPROXIMATE = 0.05
 
 
@@ -91,18 +91,17 @@ PROBES = (
 def probe(implementation: Implementation, device: str, hurry: bool = False) -> dict[str, str]:
     """The answer to each probe: "ok", "unsupported: why", "raised: what" or "wrong: by how much".
 
-    hurry: ask an implementation that builds slowly two probes only; the others are "not asked: why". Raises Broken and
-    DeviceLost.
+    hurry: after an answer that took longer than SLOW, the others are "not asked: why". Raises Broken and DeviceLost.
     """
     answers: dict[str, str] = {}
-    slow = 0
+    slow = False
     for asked in PROBES:
-        if hurry and slow == 2:
+        if hurry and slow:
             answers[asked.name] = "not asked: slow to build"
             continue
         started = time.perf_counter()
         answers[asked.name] = answer(asked, implementation, device)
-        slow += time.perf_counter() - started > SLOW
+        slow = time.perf_counter() - started > SLOW
     return answers
 
 
@@ -131,12 +130,13 @@ def answer(asked: Probe, implementation: Implementation, device: str) -> str:
 
 
 def brief(answers: dict[str, str]) -> str:
-    """The answers in a few words: "7 ok", "wrong: window; 6 ok", "not asked" where building takes too long."""
+    """The answers in a few words: "7 ok, 2 unsupported", "wrong: window; 6 ok", "1 ok, 8 not asked"."""
     kinds: dict[str, list[str]] = {}
     for name, text in answers.items():
         kinds.setdefault(text.partition(":")[0], []).append(name)
-    parts = [f"{kind}: {', '.join(kinds[kind])}" for kind in ("wrong", "raised") if kind in kinds]
-    return "; ".join([*parts, f"{len(kinds['ok'])} ok"] if "ok" in kinds else parts) or "not asked"
+    named = [f"{kind}: {', '.join(kinds[kind])}" for kind in ("wrong", "raised") if kind in kinds]
+    counted = [f"{len(kinds[kind])} {kind}" for kind in ("ok", "unsupported", "not asked") if kind in kinds]
+    return "; ".join([*named, ", ".join(counted)] if counted else named)
 
 
 def objection(answers: dict[str, str], w: Workload) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..registry import REGISTRY, Implementation, Kernel, Unsupported
+from ..registry import REGISTRY, Implementation, Kernel, Unsupported, one_line
 from . import backward, environment, limits, makespan, measure, probes, profile, resume
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
@@ -141,6 +141,9 @@ class Session:
         except CaseFailed as error:
             failure = error
             traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
+        except torch.OutOfMemoryError as error:
+            failure = CaseFailed(f"the check of {case.workload} ran out of memory: {one_line(error)}")
+            traceback.clear_frames(error.__traceback__)
         release(self.device, failure)
         if isinstance(failure, Broken):
             self.broken[case.implementation.name] = str(failure).splitlines()[0]
@@ -177,10 +180,10 @@ class Session:
             sdpa_is_wrong |= verdict.sdpa_is_wrong
             if verdict.disqualified:
                 raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
-        if case.implementation.name not in self._probed and build_seconds < probes.SLOW:
+        if case.implementation.name not in self._probed:
             self._probed[case.implementation.name] = probes.probe(case.implementation, self.device, hurry=True)
             kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
-        answers = self._probed.get(case.implementation.name, {})
+        answers = self._probed[case.implementation.name]
         if objection := probes.objection(answers, case.workload):
             raise CaseFailed(f"{case.implementation.name} {objection}; it is not timed")
         call = problem.call(case, kernel)
@@ -188,6 +191,9 @@ class Session:
         rounds, warmup = self.selection.rounds, self.selection.warmup_rounds
         with guard(case, "kernel"):
             timing = measure.run(benchmark, self.clock, call, baseline, rounds, warmup)
+        if complaint := problem.changed(case.implementation.layout):
+            benchmark.has_error = True
+            raise CaseFailed(f"{case.implementation.name} {complaint} while it was timed")
         if not benchmark.enabled:
             return
         # pytest-benchmark would store their repr, with addresses and paths
