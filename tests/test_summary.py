@@ -329,3 +329,14 @@ def test_a_reason_of_several_lines_stays_one_line():
     lines = texts([saved("sdpa", 1e-3)], {(SEED, "mine"): "mine: no window\nsee https://example.org"})
     assert all(len(line.splitlines()) <= 1 for line in lines)
     assert "  mine  no window" in "\n".join(lines)
+
+
+def test_what_implementations_answered_is_told_by_answer():
+    rows = [
+        saved("one", 1e-3, probes="9 ok"),
+        saved("two", 2e-3, probes="1 ok, 8 not asked"),
+        saved("three", 3e-3, probes="9 ok"),
+    ]
+    text = " ".join(line.strip() for line in texts(rows, width=80))
+    assert "(closed-form answers): one, three: 9 ok; two: 1 ok, 8 not asked" in text
+    assert "closed-form" not in " ".join(texts([saved("one", 1e-3)]))

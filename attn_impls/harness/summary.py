@@ -179,10 +179,21 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
         lines.append(f"≈ approximate kernel{named}, by its own account: its error is a share of what that arithmetic excuses")
     if any(info.get("resumed") for info in infos):
         lines.append("↺ measured by the run that this one resumed")
+    lines += _probes(infos)
     clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
     if clocks:
         lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
     return ["", *lines] if lines else []
+
+
+def _probes(infos: list[dict[str, Any]]) -> list[str]:
+    """What the implementations answered before they were timed, those with the same answers together."""
+    answers: dict[str, dict[str, None]] = {}
+    for info in infos:
+        if info.get("probes"):
+            answers.setdefault(info["probes"], {})[info["implementation"]] = None
+    told = "; ".join(f"{', '.join(names)}: {answer}" for answer, names in answers.items())
+    return [f"asked for alignment, window, scale, heads, layout (closed-form answers): {told}"] if told else []
 
 
 def _short(kernels: list[str]) -> str:
