@@ -289,6 +289,37 @@ def test_show_leaves_out_what_is_not_ours(tmp_path, capsys):
     assert "other" not in capsys.readouterr().out
 
 
+def cell(name, reason, **place):
+    """An entry of a document's not_run."""
+    return {"workload": WORKLOAD, "direction": "forward", **place, "implementation": name, "reason": reason}
+
+
+def shown(tmp_path, capsys, document):
+    write_json(tmp_path / "run.json", document)
+    assert main(["show", str(tmp_path / "run.json")]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_show_says_why_cases_did_not_run(tmp_path, capsys):
+    cells = [cell("wrong", "FAILED: differs from SDPA"), cell("absent", "absent: not installed")]
+    cells.append(cell("fast", "fast: forward only", direction="backward"))
+    lines = shown(tmp_path, capsys, {**HEADER, "benchmarks": [case("fast")], "not_run": cells})
+    forward, backward = (next(n for n, line in enumerate(lines) if line.startswith(f"{WORKLOAD} {text}")) for text in (" ", "b"))
+    for reason in ("  absent  not installed", "  wrong   FAILED: differs from SDPA"):
+        assert forward < lines.index(reason) < backward
+    assert lines[backward : backward + 2] == [f"{WORKLOAD} backward", "  fast  forward only"]
+
+
+def test_show_says_why_cells_of_a_distributed_run_are_empty(tmp_path, capsys):
+    spread = case("sdpa")
+    spread["extra_info"] |= {"direction": "forward", "label": "", "form": "core", "imbalance": 1.0, "slowest_rank": 0}
+    spread["extra_info"] |= {"speedup": None}
+    info = {**HEADER["machine_info"], "world_size": 2, "backend": "gloo", "nccl": None, "topology": "1 node, CPU processes"}
+    cells = [cell("sdpa", "FAILED: differs from the oracle", form="gather"), cell("mine", "mine: no GQA", form="core")]
+    lines = shown(tmp_path, capsys, {**HEADER, "machine_info": info, "benchmarks": [spread], "not_run": cells})
+    assert {"  gather × sdpa: FAILED: differs from the oracle", "  core × mine: no GQA"} <= set(lines)
+
+
 INCOMPLETE = {"group": "b", "stats": {"median": 1.0, "iqr": 0.0}, "extra_info": {"workload": WORKLOAD}}
 
 
@@ -306,6 +337,8 @@ INCOMPLETE = {"group": "b", "stats": {"median": 1.0, "iqr": 0.0}, "extra_info": 
         {"benchmarks": [{}], "machine_info": {}},
         {**HEADER, "benchmarks": []},
         {**HEADER, "benchmarks": [case("one") | {"extra_info": {}}]},
+        {**HEADER, "benchmarks": [case("one")], "not_run": 3},
+        {**HEADER, "benchmarks": [case("one")], "not_run": [{"workload": WORKLOAD}]},
         {**HEADER, "benchmarks": [case("one")], "machine_info": None},
         {**HEADER, "benchmarks": [case("one")], "machine_info": []},
         {**HEADER, "benchmarks": [case("one")], "machine_info": {"cpu": "text"}},
