@@ -8,7 +8,7 @@ import time
 import pytest
 
 from attn_impls.__main__ import main
-from attn_impls.harness import journal
+from attn_impls.harness import gate, journal
 from attn_impls.harness.journal import KEEP, Journal, read, write_json
 
 HEADER = {
@@ -189,6 +189,15 @@ def test_the_newest_journals_are_kept(tmp_path, old):
     left = sorted(file.name for file in tmp_path.glob("*.jsonl"))
     assert left == [*names[max(0, old - KEEP + 1) :], path.name]
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_killed_run_s_journal_outlives_several_gates(tmp_path):
+    killed = tmp_path / "20250101T000000-1.jsonl"
+    killed.touch()
+    for n in range(5 * 2 * gate.PAIRS):
+        (tmp_path / f"20250102T0000{n:02}-1.jsonl").touch()
+    written(tmp_path, "one")
+    assert killed.exists()
 
 
 def test_journals_sort_by_their_age(tmp_path, monkeypatch):

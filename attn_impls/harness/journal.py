@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KEEP = 20  # journals in the folder
+KEEP = 60  # in the folder; a gate leaves ten of its own there, and a killed run's must outlive several gates
 
 
 class Journal:
