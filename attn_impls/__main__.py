@@ -8,10 +8,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .harness import compare, environment, gate, journal, matrix, mutation, summary
+from .harness.case import group
 from .harness.report import command as report
 from .presets import PRESETS
 from .registry import DEVICES, discover
@@ -55,18 +57,24 @@ def _show(given: argparse.Namespace) -> None:
     try:
         document = json.loads(Path(given.run).read_text(encoding="utf-8"))
         ours = [benchmark for benchmark in document["benchmarks"] if "workload" in benchmark["extra_info"]]
-        machine = environment.describe(document["machine_info"], {})
-        width = shutil.get_terminal_size().columns
-        if ours and "form" in ours[0]["extra_info"]:
-            lines = matrix.render(ours, {}, [*machine, matrix.describe(document["machine_info"])], width)
-        else:
-            lines = summary.render(ours, {}, machine, width)
+        lines = _table(ours, document.get("not_run") or [], document["machine_info"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{given.run!r} is not a JSON file of pytest-benchmark") from None
     if not ours:
         raise ValueError(f"{given.run!r} holds no result of this suite")
     for line in lines:
         print(line.text)
+
+
+def _table(ours: list[summary.Benchmark], cells: list[dict[str, str]], info: dict[str, Any]) -> list[summary.Line]:
+    """What ended the run. cells: its document's "not_run", as Session.not_run has them."""
+    machine, width = environment.describe(info, {}), shutil.get_terminal_size().columns
+    told = [(cell["workload"], cell.get("direction", "forward"), cell["implementation"], cell) for cell in cells]
+    if ours and "form" in ours[0]["extra_info"]:
+        empty = {(workload, direction, cell["form"], name): cell["reason"] for workload, direction, name, cell in told}
+        return matrix.render(ours, empty, [*machine, matrix.describe(info)], width)
+    missing = {(group(workload, direction), name): cell["reason"] for workload, direction, name, cell in told}
+    return summary.render(ours, missing, machine, width)
 
 
 def _list(given: argparse.Namespace) -> None:  # noqa: ARG001  (the commands share a signature)

@@ -82,6 +82,11 @@ class Implementation:
 REGISTRY: dict[str, Implementation] = {}
 
 
+def in_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """A [B, H, S, D] tensor, contiguous in a layout of LAYOUTS; its own memory where that is so already."""
+    return (tensor if layout == "bhsd" else tensor.transpose(1, 2)).contiguous()
+
+
 def attention(
     name: str,
     *,

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from attn_impls.__main__ import main
-from attn_impls.harness import journal
+from attn_impls.harness import gate, journal
 from attn_impls.harness.journal import KEEP, Journal, read, write_json
 
 HEADER = {
@@ -191,6 +191,15 @@ def test_the_newest_journals_are_kept(tmp_path, old):
     assert (tmp_path / "notes.txt").exists()
 
 
+def test_a_killed_run_s_journal_outlives_several_gates(tmp_path):
+    killed = tmp_path / "20250101T000000-1.jsonl"
+    killed.touch()
+    for n in range(5 * 2 * gate.PAIRS):
+        (tmp_path / f"20250102T0000{n:02}-1.jsonl").touch()
+    written(tmp_path, "one")
+    assert killed.exists()
+
+
 def test_journals_sort_by_their_age(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 9, 30, 23, 59, 59, 2, 273, 0)))
     first = written(tmp_path, "one")
@@ -289,6 +298,37 @@ def test_show_leaves_out_what_is_not_ours(tmp_path, capsys):
     assert "other" not in capsys.readouterr().out
 
 
+def cell(name, reason, **place):
+    """An entry of a document's not_run."""
+    return {"workload": WORKLOAD, "direction": "forward", **place, "implementation": name, "reason": reason}
+
+
+def shown(tmp_path, capsys, document):
+    write_json(tmp_path / "run.json", document)
+    assert main(["show", str(tmp_path / "run.json")]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_show_says_why_cases_did_not_run(tmp_path, capsys):
+    cells = [cell("wrong", "FAILED: differs from SDPA"), cell("absent", "absent: not installed")]
+    cells.append(cell("fast", "fast: forward only", direction="backward"))
+    lines = shown(tmp_path, capsys, {**HEADER, "benchmarks": [case("fast")], "not_run": cells})
+    forward, backward = (next(n for n, line in enumerate(lines) if line.startswith(f"{WORKLOAD} {text}")) for text in (" ", "b"))
+    for reason in ("  absent  not installed", "  wrong   FAILED: differs from SDPA"):
+        assert forward < lines.index(reason) < backward
+    assert lines[backward : backward + 2] == [f"{WORKLOAD} backward", "  fast  forward only"]
+
+
+def test_show_says_why_cells_of_a_distributed_run_are_empty(tmp_path, capsys):
+    spread = case("sdpa")
+    spread["extra_info"] |= {"direction": "forward", "label": "", "form": "core", "imbalance": 1.0, "slowest_rank": 0}
+    spread["extra_info"] |= {"speedup": None}
+    info = {**HEADER["machine_info"], "world_size": 2, "backend": "gloo", "nccl": None, "topology": "1 node, CPU processes"}
+    cells = [cell("sdpa", "FAILED: differs from the oracle", form="gather"), cell("mine", "mine: no GQA", form="core")]
+    lines = shown(tmp_path, capsys, {**HEADER, "machine_info": info, "benchmarks": [spread], "not_run": cells})
+    assert {"  gather × sdpa: FAILED: differs from the oracle", "  core × mine: no GQA"} <= set(lines)
+
+
 INCOMPLETE = {"group": "b", "stats": {"median": 1.0, "iqr": 0.0}, "extra_info": {"workload": WORKLOAD}}
 
 
@@ -306,6 +346,8 @@ INCOMPLETE = {"group": "b", "stats": {"median": 1.0, "iqr": 0.0}, "extra_info": 
         {"benchmarks": [{}], "machine_info": {}},
         {**HEADER, "benchmarks": []},
         {**HEADER, "benchmarks": [case("one") | {"extra_info": {}}]},
+        {**HEADER, "benchmarks": [case("one")], "not_run": 3},
+        {**HEADER, "benchmarks": [case("one")], "not_run": [{"workload": WORKLOAD}]},
         {**HEADER, "benchmarks": [case("one")], "machine_info": None},
         {**HEADER, "benchmarks": [case("one")], "machine_info": []},
         {**HEADER, "benchmarks": [case("one")], "machine_info": {"cpu": "text"}},

@@ -485,15 +485,17 @@ def test_plain_inputs_are_standard_normal_whatever_the_dtype():
     assert torch.equal(inputs.plain(w.replace(dtype=torch.bfloat16), "cpu", 0).q, q.bfloat16())
 
 
-def test_layouts_are_copies_of_the_same_values():
-    w = Workload.parse("b2-h4kv2-q3kv5-d8v6-bf16")
+# of one row or one head, a transpose moves nothing
+@pytest.mark.parametrize("identity", ["b2-h4kv2-q3kv5-d8v6-bf16", "b2-h4kv1-q1kv5-d8v6-bf16", "b1-h1-s1-d8-bf16"])
+def test_layouts_are_copies_of_the_same_values(identity):
+    w = Workload.parse(identity)
     x = inputs.plain(w, "cpu", 0)
     for layout in ("bhsd", "bshd"):
         copy = x.as_layout(layout)
         for name in "qkv":
             tensor = getattr(copy, name)
             assert tuple(tensor.shape) == w.shapes(layout)[name]
-            assert tensor.is_contiguous()
+            assert tensor.stride() == torch.empty_like(tensor, memory_format=torch.contiguous_format).stride()
             assert torch.equal(tensor.transpose(1, 2) if layout == "bshd" else tensor, getattr(x, name))
             assert tensor.data_ptr() != getattr(x, name).data_ptr()
 
@@ -623,6 +625,23 @@ def test_a_wrong_kernel_is_rejected(problem_of_w, what):
     assert words in verdict.failure
     assert "\n" not in verdict.failure
     assert not judged(problem_of_w, good).failure  # nothing it did reaches the next case
+
+
+def test_a_kernel_that_changes_a_lone_query_is_rejected():
+    """In layout "bshd" too, where the transpose of one query is the same memory."""
+    w = Workload.parse("b2-h4kv2-q1kv64-d32-causal-bf16")
+    problem = Problem(w, "cpu", 0)
+
+    def right(*x):
+        return attend(w, inputs.Inputs(*(t.transpose(1, 2) for t in x))).to(w.dtype).transpose(1, 2)
+
+    def wrong(q, k, v):
+        out = right(q, k, v)
+        q.mul_(2)
+        return out
+
+    assert "changed its input q" in judged(problem, wrong, "bshd").failure
+    assert not judged(problem, right, "bshd").failure  # nothing it did reaches the next case
 
 
 @pytest.mark.parametrize("what", ["garbage", "zeros", "a NaN", "scales q in place", "previous output", "wrong every other time"])

@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 
+from attn_impls.harness import resume
+from attn_impls.harness.selection import Selection
+
 FIRST, SECOND = "b1-h2-s32-d16-fp32", "b1-h2-s48-d16-fp32"
 MINE = """
 import os, signal
@@ -136,9 +139,41 @@ REFUSED = {
     "another commit": ({"header__commit_info__id": "abc"}, (), "was made with commit abc, now"),
     "other rounds": ({}, ("--rounds=5",), "was made with --rounds 4, now 5"),
     "another seed": ({}, ("--seed=1",), "was made with --seed 0, now 1"),
+    "another source of the package": ({"package": "0"}, (), "was made before the source of attn_impls changed"),
     "another source": ({"sources__mine": "0"}, (), "was made before the source of 'mine' changed"),
-    "an older journal": ({"options": None}, (), "does not say with which options"),
+    "an older journal": ({"options": None}, (), "does not say with which options and sources"),
+    "a journal without the package": ({"package": None}, (), "does not say with which options and sources"),
 }
+
+
+def test_sources_stand_one_by_one_where_they_are_not_the_package_s(killed):
+    (journal,) = journals(killed)
+    first, *_ = journal.read_text().splitlines()
+    assert list(json.loads(first)["sources"]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "same"),
+    [
+        (lambda folder: (folder / "harness" / "clock.py").write_text("b"), False),
+        (lambda folder: (folder / "harness" / "clock.py").rename(folder / "harness" / "time.py"), False),
+        (lambda folder: (folder / "harness" / "clock.py").rename(folder / "clock.py"), False),
+        (lambda folder: (folder / "new.py").touch(), False),
+        (lambda folder: (folder / "notes.txt").touch(), True),
+        (lambda folder: (folder / ".#sdpa.py").symlink_to("me@here.1"), True),  # an editor's
+    ],
+    ids=["edited", "renamed", "moved", "added", "no source", "a lock"],
+)
+def test_the_package_s_digest_is_of_all_its_sources(tmp_path, monkeypatch, edit, same):
+    (tmp_path / "harness").mkdir()
+    for name in ("sdpa.py", "harness/clock.py"):
+        (tmp_path / name).write_text("a")
+    monkeypatch.setattr(resume, "PACKAGE", tmp_path)
+    nothing = Selection("cpu", (), ())
+    before = resume.here(nothing)["package"]
+    assert before == resume.here(nothing)["package"]
+    edit(tmp_path)
+    assert (resume.here(nothing)["package"] == before) == same
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -151,6 +151,16 @@ def test_columns_go_by_rank_and_never_the_implementation_or_the_time():
     assert set(seen) == set(range(len(RANKS)))  # each of them alone
 
 
+def test_memory_bound_rows_have_both_rates_and_a_narrow_terminal_keeps_bytes():
+    four = [saved(b["extra_info"]["implementation"], b["stats"]["median"], DECODE) for b in FOUR]
+    seen = {width: tables(texts(four, width=width))[0] for width in range(30, 200)}
+    assert all("GB/s" in columns for columns in seen.values() if "TFLOP/s" in columns or "% limit" in columns)
+    assert ("GB/s" in seen[80], "TFLOP/s" in seen[80], "vs sdpa [95 % CI]" in seen[80]) == (True, False, True)
+    assert seen[88][2:4] == ["TFLOP/s", "GB/s"]  # and not the IQR, which is the next to have room
+    assert seen[100][2:5] == ["IQR", "TFLOP/s", "GB/s"]
+    assert not any("GB/s" in tables(texts(FOUR, width=width))[0] for width in range(30, 200))
+
+
 def test_a_column_stays_as_long_as_it_fits():
     lines = texts(FOUR, width=200)
     before_kernel = lines[2].index("  kernel")
@@ -162,8 +172,8 @@ def test_a_column_stays_as_long_as_it_fits():
     ("row", "titles", "cells"),
     [
         (saved("a", 1.111e-3), ["device ms", "TFLOP/s"], ["1.11", "989.6", "100 %"]),
-        (saved("a", 4.6e-4, DECODE), ["device ms", "GB/s"], ["0.46", "4671", "97 %"]),
-        (saved("a", 3.21e-5, SMALL), ["device µs", "GB/s"], ["32.1", "54 %"]),
+        (saved("a", 4.6e-4, DECODE, tflops=18.67), ["device ms", "TFLOP/s", "GB/s"], ["0.46", "18.7", "4671", "97 %"]),
+        (saved("a", 3.21e-5, SMALL), ["device µs", "TFLOP/s", "GB/s"], ["32.1", "54 %"]),
         (saved_on_cpu("a", 1.234), ["wall ms", "TFLOP/s"], ["1234", "0.891", "0.09 %"]),
         (saved_on_cpu("a", 9.9e-5), ["wall µs", "TFLOP/s"], ["99"]),
     ],

@@ -102,25 +102,31 @@ def max_sm_mhz() -> float:
     return _nvml_facts().get("max_sm_mhz") or 0.0
 
 
-def _nvml_facts() -> dict[str, Any]:
-    """NVML's view of the current device; {} where NVML is missing, None for each thing it does not tell."""
+def nvml_device(device: int) -> tuple[Any, Any] | None:
+    """pynvml, initialised, and its handle of a CUDA device; None where NVML is missing or does not know it."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
+        # by UUID: CUDA_VISIBLE_DEVICES renumbers the devices for CUDA, not for NVML
+        uuid = torch.cuda.get_device_properties(device).uuid
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
     except Exception:  # no driver, or a container that hides it: the numbers stand without it
+        return None
+
+
+def _nvml_facts() -> dict[str, Any]:
+    """NVML's view of the current device; {} where NVML is missing, None for each thing it does not tell."""
+    found = nvml_device(torch.cuda.current_device())
+    if found is None:
         return {}
+    pynvml, handle = found
 
     def ask(function: str, *arguments: Any) -> Any:
         with contextlib.suppress(pynvml.NVMLError):
             return getattr(pynvml, function)(*arguments)
         return None
 
-    # by UUID: CUDA_VISIBLE_DEVICES renumbers the devices for CUDA, not for NVML
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    handle = ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}".encode())
-    if handle is None:
-        return {"driver": None}
     driver, ecc = ask("nvmlSystemGetDriverVersion"), ask("nvmlDeviceGetEccMode", handle)
     power = ask("nvmlDeviceGetEnforcedPowerLimit", handle)
     processes = ask("nvmlDeviceGetComputeRunningProcesses", handle)

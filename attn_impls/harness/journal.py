@@ -1,7 +1,7 @@
 """Results that survive: each finished case is appended and flushed at once, and a journal becomes pytest-benchmark JSON.
 
-A journal is JSON lines: first {"header": everything of the JSON but the benchmarks, "options": …, "sources": …}, which
---resume looks at, then one benchmark a line, or {"not_run": a case and the reason why it has no benchmark}.
+A journal is JSON lines: first {"header": everything of the JSON but the benchmarks, "options": …, "package": …,
+"sources": …}, which --resume looks at, then one benchmark a line, or {"not_run": a case and the reason why it has no benchmark}.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KEEP = 20  # journals in the folder
+KEEP = 60  # in the folder; a gate leaves ten of its own there, and a killed run's must outlive several gates
 
 
 class Journal:

@@ -20,6 +20,7 @@ from . import environment, journal, workers
 from .options import NEWEST
 from .selection import Selection
 
+PACKAGE = Path(__file__).resolve().parents[1]
 # facts of a machine that must be as they were, beside the device
 MACHINE = ("torch", "triton", "cuda", "cudnn", "driver", "threads", "gpu_count", "python_version", "world_size")
 
@@ -107,27 +108,43 @@ def _difference(document: dict[str, Any], conditions: dict[str, Any], session: A
     facts = [(name, then.get(name), now.get(name)) for name in MACHINE]
     facts += [(name, old, now["libraries"].get(name, old)) for name, old in then.get("libraries", {}).items()]
     facts.append(("commit", document["commit_info"].get("id"), session.header["commit_info"].get("id")))
-    options, sources = conditions.get("options"), conditions.get("sources")
-    if options is None or sources is None:
-        return "does not say with which options it was made"
+    options, package, sources = (conditions.get(name) for name in ("options", "package", "sources"))
+    if options is None or package is None or sources is None:
+        return "does not say with which options and sources it was made"
     mine = here(session.selection)
     facts += [(f"--{name.replace('_', '-')}", old, mine["options"].get(name)) for name, old in options.items()]
     for name, old, new in facts:
         if old != new:
             return f"was made with {name} {'not given' if old is None else old}, now {'not given' if new is None else new}"
+    if package != mine["package"]:
+        return f"was made before the source of {PACKAGE.name} changed"
     changed = [name for name, digest in sources.items() if mine["sources"].get(name, digest) != digest]
     return f"was made before the source of {changed[0]!r} changed" if changed else ""
 
 
 def here(selection: Selection) -> dict[str, Any]:
-    """What else this run's numbers depend on: options, and the source of each implementation. Stored in its journal."""
+    """What else this run's numbers depend on: options, this package, implementations from elsewhere. Stored in its journal."""
     options = {"device": selection.device, "rounds": selection.rounds, "warmup_rounds": selection.warmup_rounds}
-    return {"options": options | {"seed": selection.seed}, "sources": _sources(selection.implementations)}
+    options["seed"] = selection.seed
+    return {"options": options, "package": _package(), "sources": _sources(selection.implementations)}
+
+
+def _package() -> str:
+    """A digest of the sources of this package: a commit's id does not tell what has been edited since."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        with contextlib.suppress(OSError):  # an editor's lock is a link to nowhere
+            source = path.read_bytes()
+            digest.update(f"{path.relative_to(PACKAGE)} {len(source)}\n".encode() + source)
+    return digest.hexdigest()[:16]
 
 
 def _sources(implementations: Iterable[Implementation]) -> dict[str, str]:
+    """A digest of the file of each implementation that is not this package's."""
     found = {}
     for implementation in implementations:
-        with contextlib.suppress(OSError):
-            found[implementation.name] = hashlib.sha256(Path(implementation.source).read_bytes()).hexdigest()[:16]
+        path = Path(implementation.source).resolve()
+        if PACKAGE not in path.parents:
+            with contextlib.suppress(OSError):
+                found[implementation.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found

@@ -104,10 +104,6 @@ def sums(problem: Problem) -> list[float]:
     return [float(tensor.double().sum()) for tensor in (*problem.plain, *problem.needles)]
 
 
-def in_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    return (tensor if layout == "bhsd" else tensor.transpose(1, 2)).contiguous()
-
-
 def local_kernel(case: Case, w: Workload) -> Kernel:
     """The implementation's kernel for what a rank computes."""
     with guard(case, "builder"), torch.device(case.device):

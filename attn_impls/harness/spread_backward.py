@@ -11,6 +11,7 @@ from ..parallel.plan import Graph
 from ..registry import Unsupported
 from . import answers, backward, sharded
 from .case import CaseFailed, OutOfMemory, guard
+from .inputs import as_layout
 from .judge import poison
 from .oracle import Reference
 from .sharded import Calls, SpreadVerdict, Trial
@@ -120,7 +121,7 @@ def _alone(trial: Trial) -> tuple[Any, float | None]:
     def alone() -> tuple[Any, float]:
         layout, known = case.implementation.layout, problem.gradient_references[1]
         native = problem.plain.as_layout(layout)
-        dout = sharded.in_layout(problem.douts[1], layout)
+        dout = as_layout(problem.douts[1], layout)
         try:
             found = backward.gradients(case, whole, native, dout)
         except OutOfMemory:  # the parts may still run

@@ -72,22 +72,25 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
     unit, factor = ("ms", 1e3) if fastest >= 1e-4 else ("µs", 1e6)
     timer = "device" if rows[0]["extra_info"].get("timer") == "device" else "wall"
     memory_bound = rows[0]["extra_info"].get("limit_bound") == "memory"
-    rate = ("GB/s", "tb_per_s", 1e3) if memory_bound else ("TFLOP/s", "tflops", 1)
 
     def info(key: str, form: Callable[[Any], str]) -> Callable[[Benchmark], str]:
         return lambda b: "–" if b["extra_info"].get(key) is None else form(b["extra_info"][key])
 
+    # where memory is the limit, GB/s is what a narrow terminal keeps
+    rates = [Column("TFLOP/s", info("tflops", significant), 3 if memory_bound else 1)]
+    if memory_bound:
+        rates.append(Column("GB/s", info("tb_per_s", lambda x: significant(x * 1e3)), 1))
     columns = [
         Column("implementation", _name, 0, left=True),
         Column(f"{timer} {unit}", lambda b: significant(b["stats"]["median"] * factor), 0),
-        Column("IQR", lambda b: f"{100 * b['stats']['iqr'] / b['stats']['median']:.1f} %", 3),
-        Column(rate[0], info(rate[1], lambda x: significant(x * rate[2])), 1),
+        Column("IQR", lambda b: f"{100 * b['stats']['iqr'] / b['stats']['median']:.1f} %", 4),
+        *rates,
         Column("% limit", info("percent_of_limit", lambda x: f"{x:.3g} %" if x < 1 else f"{x:.0f} %"), 1),
         Column("vs sdpa [95 % CI]", _versus, 2),
-        Column("host µs", info("host_us", lambda x: f"{x:.0f}"), 4),
-        Column("peak MiB", info("peak_bytes", lambda x: f"{x / 2**20:.0f}"), 5),
+        Column("host µs", info("host_us", lambda x: f"{x:.0f}"), 5),
+        Column("peak MiB", info("peak_bytes", lambda x: f"{x / 2**20:.0f}"), 6),
         Column("error", info("error_over_budget", lambda x: f"✓ {x:.2f}"), 1),
-        Column("kernel", lambda b: _short(b["extra_info"].get("kernels") or []), 6, left=True),
+        Column("kernel", lambda b: _short(b["extra_info"].get("kernels") or []), 7, left=True),
     ]
     return columns if timer == "device" else [c for c in columns if c.title not in ("host µs", "peak MiB")]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .environment import nvml_device
 from .ranks import Ranks
 
 
@@ -32,13 +33,10 @@ def _links() -> str:
 
 
 def _active_nvlinks(device: int) -> int | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
-    except Exception:  # no NVML, or a container that hides it: the numbers stand without it
+    found = nvml_device(device)
+    if found is None:
         return None
+    pynvml, handle = found
     active = 0
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
         with contextlib.suppress(pynvml.NVMLError):

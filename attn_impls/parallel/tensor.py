@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..registry import Unsupported
+from ..registry import Unsupported, in_layout
 from .collectives import all_gather, neighbours
 from .heads import partition
 from .plan import Form, Gradients, Graph, Holding, Plan, Share, Spread, Traffic
@@ -56,7 +56,7 @@ class Core(Plan):
 
     def in_layout(self, tensor: torch.Tensor) -> torch.Tensor:
         """A [B, H, S, D] tensor, contiguous in the implementation's layout."""
-        return (tensor if self.head_dim == 1 else tensor.transpose(1, 2)).contiguous()
+        return in_layout(tensor, self.spread.layout)
 
     def share(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Share]:
         shares = []
