@@ -58,7 +58,7 @@ def _part(
 LEGEND = (
     "makespan: the slowest rank of each round",
     "speed-up: over the same kernel with the whole problem on one rank, in the same rounds (each rank alone, the slowest taken)",
-    "exposed: makespan minus the same form with nothing sent",
+    "exposed: makespan minus the same form with nothing sent, the median of the rounds' differences",
     "bound: one rank's time shared out, plus this session's bare collective · imbalance: slowest rank over the mean",
 )
 
