@@ -82,6 +82,9 @@ class GatherCopied(Gather):
     def cut(self, tensor: torch.Tensor, rows: range) -> torch.Tensor:
         return tensor.narrow(self.row_dim, rows.start, len(rows)).contiguous()
 
+    def rehearse(self, share: list[Share]) -> None:
+        self.attend(share)  # the streams come with the peers
+
     def connect(self) -> None:
         super().connect()
         p, spread = self.partition, self.spread
@@ -102,6 +105,16 @@ class GatherCopied(Gather):
                 peers.push(kernel(*tensors), [self.place(full, chunk) for full in peers.outputs])
         peers.leave()
         return self.without_padding(peers.outputs[self.spread.rank])
+
+    def silent(self, share: list[Share]) -> torch.Tensor:
+        """The chunks on the streams that compute them when they are sent."""
+        self.peers.fork()
+        outs = []
+        for chunk, (kernel, tensors) in enumerate(zip(self.kernels, share, strict=True)):
+            with self.peers.computing(chunk):
+                outs.append(kernel(*tensors))
+        self.peers.join()
+        return outs[0]
 
 
 FORMS = (Form("gather-copied", GatherCopied),)
