@@ -1,12 +1,16 @@
-"""How strided copies become blocks that a copy engine takes, and rows become chunks."""
+"""How strided copies become blocks that a copy engine takes, rows become chunks, and which chunks have a kernel of their own."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_impls.parallel.copied import row_chunks
-from attn_impls.parallel.peers import blocks
+from attn_impls import Workload
+from attn_impls.parallel.copied import GatherCopied, row_chunks
+from attn_impls.parallel.peers import Peers, blocks
+from attn_impls.parallel.plan import Spread
+from attn_impls.parallel.tensor import GatherOverlapped
+from attn_impls.registry import Implementation
 
 
 def moved(target, source):
@@ -65,3 +69,34 @@ def test_a_part_of_a_batch_s_rows_takes_a_block_each():
 )
 def test_rows_are_cut_at_tiles_the_last_first(length, weights, chunks):
     assert [(rows.start, rows.stop) for rows in row_chunks(length, weights)] == chunks
+
+
+@pytest.mark.parametrize(
+    ("plan", "along", "streams", "kernels"),
+    [
+        (GatherOverlapped, "heads", 2, 2),
+        (GatherCopied, "heads", 1, 2),
+        (GatherCopied, "heads", 2, 3),  # which may run at the same time, so none shares another's workspace
+        (GatherCopied, "rows", 2, 3),
+    ],
+)
+def test_chunks_on_several_streams_share_no_kernel(monkeypatch, plan, along, streams, kernels):
+    monkeypatch.setattr(Peers, "check", lambda *_: None)
+
+    def build(w):
+        return lambda *_: w
+
+    spread = Spread(
+        Workload.parse("b1-h8-s512-d32-bf16"),
+        Implementation("any", build),
+        "cpu",
+        0,
+        2,
+        build,
+        overlap_chunks=(2, 1, 1),
+        overlap_along=along,
+        overlap_streams=(streams, 1),
+    )
+    made = plan(spread)
+    assert [kernel() for kernel in made.kernels] == made.locals
+    assert len(set(made.kernels)) == kernels

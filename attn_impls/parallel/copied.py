@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..registry import Unsupported
+from ..registry import Kernel, Unsupported
 from ..workload import Workload
 from .heads import in_proportion
 from .peers import Peers
@@ -64,6 +64,11 @@ class GatherCopied(Gather):
             return super().chunk_workloads()
         whole = self.partition.local(0)
         return [whole.replace(q_len=len(rows), kv_len=self.keys(rows)) for rows in self.rows]
+
+    def build_kernels(self) -> list[Kernel]:
+        """One a chunk where several streams compute: a kernel may own a workspace or a handle, for one call at a time."""
+        computing = self.spread.overlap_streams[0]
+        return super().build_kernels() if computing == 1 else [self.spread.build(w) for w in self.locals]
 
     def keys(self, rows: range) -> int:
         """How many keys, from the first, a chunk of query rows may see."""
