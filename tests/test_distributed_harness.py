@@ -121,6 +121,40 @@ def test_the_backward_pass_alone_is_timed_with_what_it_sends(suite_copy):
     assert f"{identity}   backward" in run.out
 
 
+LIMITED = """
+import torch
+from attn_impls import Unsupported, attention
+from attn_impls.registry import REGISTRY
+
+class Limited(torch.autograd.Function):
+    @staticmethod
+    def forward(_, q):
+        return q.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        if gradient.shape[1] > 4:
+            raise Unsupported("no backward beyond 4 heads")
+        return gradient
+
+@attention("limited")
+def limited(w):
+    kernel = REGISTRY["sdpa-math"](w)
+    return lambda q, k, v: kernel(Limited.apply(q), k, v)
+"""
+
+
+@pytest.mark.slow
+def test_a_backward_pass_that_one_rank_lacks_is_timed_on_two(suite_copy):
+    folder = suite_copy(limited=LIMITED)
+    chosen = ("--workload", "b1-h8-s64-d32-fp32", "--impl", "limited.py", "--form", "core", "--direction", "backward")
+    run = torchrun(folder, "--benchmark-only", "--benchmark-json=run.json", "--rounds", "7", *chosen)
+    assert run.code == 0, run.out
+    (info,) = (b["extra_info"] for b in run.benchmarks)
+    assert info["one_rank_missing"] == "no backward beyond 4 heads"
+    assert info["speedup"] is info["one_rank_s"] is None
+
+
 @pytest.mark.slow
 def test_one_rank_is_enough(suite_copy):
     folder = suite_copy()

@@ -94,7 +94,8 @@ class Spreads:
                 return
             try:
                 facts = self._facts(trial, timing, verdict)
-                self._record(benchmark, facts | {"one_rank_missing": self._alone_missing, "build_s": build_seconds})
+                missing = self._alone_missing or verdict.alone_missing
+                self._record(benchmark, facts | {"one_rank_missing": missing, "build_s": build_seconds})
             except BaseException:
                 benchmark.has_error = True
                 raise
