@@ -59,6 +59,9 @@ def test_two_ranks_speak_with_one_voice(suite_copy):
     core, gather = document["benchmarks"][:2]
     assert core["extra_info"]["exposed_s"] == 0.0
     assert core["extra_info"].get("collective") is None
+    chunks = {b["extra_info"]["form"]: b["extra_info"].get("overlap_chunks") for b in document["benchmarks"]}
+    assert chunks == dict.fromkeys(FORMS) | {"gather-overlapped": [4, 2, 1, 1]}
+    assert core["extra_info"]["pad_heads"] is False
     assert gather["extra_info"]["silent_s"] > 0
     assert gather["extra_info"]["exposed_s"] < gather["stats"]["max"]
     assert gather["extra_info"]["message_bytes"] == 8 * 64 * 32 * 4 // 2
@@ -187,7 +190,8 @@ def test_heads_that_cannot_be_shared_are_padded_on_request_only(suite_copy):
     assert "heads (3) is not divisible by the 2 ranks; --pad-heads computes 4 heads instead of 3" in run.out
     run = torchrun(folder, *chosen, "--pad-heads", "--benchmark-json=run.json")
     assert run.code == 0, run.out
-    assert [b["extra_info"]["padding_bound"] for b in run.benchmarks] == [0.75, 0.75]
+    assert [(b["extra_info"]["pad_heads"], b["extra_info"]["padding_bound"]) for b in run.benchmarks] == 2 * [(True, 0.75)]
+    assert run.out.count("≤ 75.0 %") == 2
 
 
 @pytest.mark.slow

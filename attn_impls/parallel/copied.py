@@ -56,6 +56,13 @@ class GatherCopied(Gather):
         self.row_dim = 3 - self.head_dim
         self.peers: Any = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        spread = self.spread
+        chunks, streams = list(spread.overlap_chunks), list(spread.overlap_streams)
+        overlap = {"overlap_chunks": chunks, "overlap_along": spread.overlap_along, "overlap_streams": streams}
+        return super().options | overlap
+
     def chunk_weights(self) -> tuple[int, ...]:
         return self.spread.overlap_chunks if self.along == "heads" else (1,)
 

@@ -211,6 +211,10 @@ class GatherOverlapped(Gather):
     def chunk_weights(self) -> tuple[int, ...]:
         return self.spread.overlap_chunks
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"overlap_chunks": list(self.spread.overlap_chunks)}
+
     def __init__(self, spread: Spread):
         super().__init__(spread)
         if len(self.kernels) == 1:
