@@ -41,6 +41,12 @@ class FilePeers:
         dist.barrier()
         self.outputs = [torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape) for name in names]
 
+    def fork(self):
+        pass
+
+    def join(self):
+        pass
+
     def enter(self):
         dist.barrier()
 

@@ -1,12 +1,16 @@
-"""How strided copies become blocks that a copy engine takes, and rows become chunks."""
+"""How strided copies become blocks that a copy engine takes, rows become chunks, and plans of chunks."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_impls.parallel.copied import row_chunks
-from attn_impls.parallel.peers import blocks
+from attn_impls import Workload
+from attn_impls.parallel.copied import GatherCopied, row_chunks
+from attn_impls.parallel.peers import Peers, blocks
+from attn_impls.parallel.plan import Spread
+from attn_impls.parallel.tensor import Gather, GatherOverlapped
+from attn_impls.registry import Implementation
 
 
 def moved(target, source):
@@ -65,3 +69,40 @@ def test_a_part_of_a_batch_s_rows_takes_a_block_each():
 )
 def test_rows_are_cut_at_tiles_the_last_first(length, weights, chunks):
     assert [(rows.start, rows.stop) for rows in row_chunks(length, weights)] == chunks
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """`planned(plan class, along, streams)`, in three chunks, on one of two ranks."""
+    monkeypatch.setattr(Peers, "check", lambda *_: None)
+
+    def build(w):
+        return lambda *_: w
+
+    def make(plan, along="auto", streams=2):
+        workload, overlap = Workload.parse("b1-h8-s512-d32-bf16"), {"overlap_along": along, "overlap_streams": (streams, 1)}
+        return plan(Spread(workload, Implementation("any", build), "cpu", 0, 2, build, overlap_chunks=(2, 1, 1), **overlap))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("plan", "along", "streams", "kernels"),
+    [
+        (GatherOverlapped, "heads", 2, 2),
+        (GatherCopied, "heads", 1, 2),
+        (GatherCopied, "heads", 2, 3),  # which may run at the same time, so none shares another's workspace
+        (GatherCopied, "rows", 2, 3),
+    ],
+)
+def test_chunks_on_several_streams_share_no_kernel(planned, plan, along, streams, kernels):
+    made = planned(plan, along, streams)
+    assert [kernel() for kernel in made.kernels] == made.locals
+    assert len(set(made.kernels)) == kernels
+
+
+def test_a_plan_names_the_options_that_concern_it(planned):
+    assert planned(Gather).options == {"pad_heads": False}
+    assert planned(GatherOverlapped).options == {"pad_heads": False, "overlap_chunks": [2, 1, 1]}
+    overlap = {"overlap_chunks": [2, 1, 1], "overlap_along": "auto", "overlap_streams": [2, 1]}
+    assert planned(GatherCopied).options == {"pad_heads": False, **overlap}

@@ -36,6 +36,24 @@ def test_a_row_says_all_that_was_measured():
         assert cell in row, cell
 
 
+def test_a_doubtful_row_is_marked_as_one_gpu_s_is():
+    results = [result("core", "a", 1e-3, host_bound=True, sm_clock_unsteady=True), result("core", "b", 2e-3, approximate="int8")]
+    lines = text([*results, result("core", "c", 3e-3)])
+    assert [line[:18].split()[1:] for line in lines if line.startswith("  core")] == [["a", "!", "~"], ["b", "≈"], ["c"]]
+    assert {line[0] for line in lines if line[1:2] == " " and line[0] != " "} == {"!", "~", "≈"}
+    assert not any(line.startswith(("!", "~", "≈")) for line in text([result("core", "c", 3e-3)]))
+
+
+def test_padded_heads_show_the_bound_that_remains():
+    lines = text([result("core", "a", 1e-3, padding_bound=0.75), result("core", "b", 2e-3, padding_bound=1.0)], width=80)
+    title, padded, even = (line for line in lines if line.startswith(("  form", "  core")))
+    assert "padding" in title
+    assert "≤ 75.0 %" in padded
+    assert "≤" not in even
+    assert any(line.startswith("padding: ") for line in lines)
+    assert "padding" not in "".join(text([result("core", "b", 2e-3, padding_bound=1.0)]))
+
+
 def test_each_direction_has_its_table():
     results = [result("core", "a", 1e-3), result("core", "a", 3e-3, direction="backward")]
     lines = text(results, {(W, "backward", "gather", "b"): "b: forward only"})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attn_impls.parallel import peers
+from attn_impls.parallel.copied import GatherCopied
 from attn_impls.parallel.peers import Peers
 
 
@@ -91,6 +92,24 @@ def test_what_waits_for_what(gpu, size, computing, pushing):
     assert sum(job[2] for job in copies) == size * 3 * 2 * 4 * 2
     assert len({name for name, _ in copies.values()} - {"keep"}) == min(pushing, 2 if size == 2 else pushing) * (size > 1)
     assert len({gpu.before["kernel", chunk][0] for chunk in range(3)}) == computing
+
+
+@pytest.mark.parametrize("computing", [1, 2, 3])
+def test_the_silent_twin_computes_on_the_same_streams_and_sends_nothing(gpu, computing):
+    plan = GatherCopied.__new__(GatherCopied)
+    plan.peers = made(gpu, 0, 2, computing, 2)
+    plan.kernels = [lambda chunk: gpu.job(("kernel", chunk))] * 4
+    gpu.job("what made the inputs")
+    plan.silent([(chunk,) for chunk in range(4)])
+    gpu.job("the next reader")
+    kernels = [("kernel", chunk) for chunk in range(4)]
+    assert set(gpu.before) == {"what made the inputs", *kernels, "the next reader"}
+    for chunk, kernel in enumerate(kernels):
+        with plan.peers.computing(chunk):  # as it is where chunks are sent
+            assert gpu.before[kernel][0] == gpu.current.name
+        assert "what made the inputs" in gpu.before[kernel][1]
+    assert len({gpu.before[kernel][0] for kernel in kernels}) == computing
+    assert set(kernels) <= gpu.before["the next reader"][1]
 
 
 def test_no_two_ranks_begin_with_the_same(gpu):

@@ -10,6 +10,8 @@ import pytest
 from attn_impls import Workload
 from attn_impls.__main__ import main
 from attn_impls.harness.report import circumstances, command, load, tables
+from attn_impls.harness.report.chart import Series
+from attn_impls.harness.report.history import history
 from attn_impls.harness.report.style import PALETTE, THEMES
 from attn_impls.harness.summary import significant
 
@@ -197,6 +199,62 @@ def test_the_newest_result_of_a_case_is_shown_and_versions_that_differ_are_said(
     assert [row["ms"] for row in load.newest(runs)] == [pytest.approx(3.0)]
     assert circumstances.environment(runs).note == "torch differs on NVIDIA H200: 2.11.0 / 2.12.0"
     assert ("commit", *2 * ("0123456789ab, with local changes",)) in cells(circumstances.environment(runs))
+
+
+def spread(ms, form="gather-copied", implementation="mine", size=2, **info):
+    facts = {
+        "strategy": "tensor",
+        "form": form,
+        "world_size": size,
+        "efficiency": 1 / ms,
+        "exposed_s": 1e-5,
+        "speedup": size / ms,
+    }
+    facts |= {"speedup_ci_low": size / ms, "speedup_ci_high": size / ms, "padding_bound": 1.0}
+    return case(SEED, implementation, ms, **facts | info)
+
+
+COPIED = {"overlap_chunks": [4, 2, 1, 1], "overlap_along": "auto", "overlap_streams": [2, 2], "pad_heads": False}
+
+
+@pytest.mark.parametrize(
+    ("option", "other", "said"),
+    [
+        ("overlap_chunks", [1, 1], ["(chunks 1,1)", "(chunks 4,2,1,1)"]),
+        ("overlap_along", "rows", ["(along auto)", "(along rows)"]),
+        ("overlap_streams", [1, 1], ["(streams 1,1)", "(streams 2,2)"]),
+    ],
+)
+def test_forms_that_were_run_otherwise_are_other_cases(files, option, other, said):
+    first = document(spread(2.0, **COPIED), spread(3.0, form="core", pad_heads=False), day=1)
+    runs = load.load(files(first, document(spread(1.0, **COPIED | {option: other}), day=2)))
+    assert len(load.newest(runs)) == 3
+    (found,) = tables.sections(runs)
+    assert sorted(row[1] for row in cells(tables.winners(found))) == ["core", *(f"gather-copied {one}" for one in said)]
+    assert sorted(row[1] for row in cells(tables.cases(found))) == ["core", *(f"gather-copied {one}" for one in said)]
+    again = load.load(files(first, document(spread(1.0, **COPIED), day=2)))
+    assert sorted(row["ms"] for row in load.newest(again)) == [pytest.approx(1.0), pytest.approx(3.0)]
+    (alike,) = tables.sections(again)
+    assert {row[1] for row in cells(tables.cases(alike))} == {"core", "gather-copied"}
+
+
+def test_padded_heads_are_another_case_also_in_files_that_do_not_name_the_option(files):
+    old = document(spread(2.0, form="core", padding_bound=0.75), day=1)
+    new = document(spread(1.0, form="core", padding_bound=0.75, pad_heads=True), day=2)
+    even = document(spread(3.0, form="core", pad_heads=False), day=3)
+    assert sorted(row["ms"] for row in load.newest(load.load(files(old, new, even)))) == [pytest.approx(1.0), pytest.approx(3.0)]
+
+
+def test_a_case_has_a_line_of_its_own_in_the_history_for_each_way_it_was_run(files):
+    pytest.importorskip("altair", reason="the extra report is not installed")
+    ways = (COPIED, COPIED | {"overlap_chunks": [1, 1]})
+    runs = load.load(files(*(document(*(spread(ms + n, **way) for n, way in enumerate(ways)), day=ms) for ms in (1, 2))))
+    (found,) = tables.sections(runs)
+    drawn = history(found, Series(["mine"]), runs)
+    assert {row["track"]: row["change"] for row in drawn.rows if row["run"] == "b"} == {
+        f"{SEED} mine gather-copied 2 {chunks} auto 2,2": pytest.approx(change)
+        for chunks, change in (("4,2,1,1", 1.0), ("1,1", 0.5))
+    }
 
 
 def test_reasons_stand_once_and_an_older_file_says_that_it_has_none(files):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..workload import DIRECTIONS
 from . import environment, topology
-from .summary import Benchmark, Column, Line, significant, table, wrapped
+from .summary import Benchmark, Column, Line, marked_name, marks_explained, significant, table, wrapped
 
 
 def write(reporter: Any, session: Any) -> None:
@@ -36,7 +36,7 @@ def render(
     workloads = dict.fromkeys(workload for workload, _ in told)  # their directions stand together
     for part in sorted(dict.fromkeys(told), key=lambda part: (list(workloads).index(part[0]), DIRECTIONS.index(part[1]))):
         lines += [Line(""), *_part(part, results, not_run, width)]
-    lines += [Line(""), *(Line(text) for text in LEGEND)]
+    lines += [Line(""), *(Line(text) for text in _legend([b["extra_info"] for b in results]))]
     return [Line(part, line.style) for line in lines for part in wrapped(line.text, width)]
 
 
@@ -58,9 +58,20 @@ def _part(
 LEGEND = (
     "makespan: the slowest rank of each round",
     "speed-up: over the same kernel with the whole problem on one rank, in the same rounds (each rank alone, the slowest taken)",
-    "exposed: makespan minus the same form with nothing sent",
+    "exposed: makespan minus the same form with nothing sent, the median of the rounds' differences",
     "bound: one rank's time shared out, plus this session's bare collective · imbalance: slowest rank over the mean",
 )
+
+
+def _legend(infos: list[dict[str, Any]]) -> Iterable[str]:
+    yield from LEGEND
+    if any(map(_padded, infos)):
+        yield "padding: the efficiency that padded heads leave, at most"
+    yield from marks_explained(infos)
+
+
+def _padded(info: dict[str, Any]) -> bool:
+    return info.get("padding_bound", 1) < 1
 
 
 def _columns(rows: list[Benchmark]) -> list[Column]:
@@ -73,12 +84,16 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
     def slowest(b: Benchmark) -> str:
         return f"{b['extra_info']['imbalance']:.3f} (rank {b['extra_info']['slowest_rank']})"
 
-    return [
+    def padding(b: Benchmark) -> str:
+        return f"≤ {100 * b['extra_info']['padding_bound']:.1f} %" if _padded(b["extra_info"]) else "–"
+
+    columns = [
         Column("form", lambda b: b["extra_info"]["form"], 0, left=True),
-        Column("implementation", lambda b: b["extra_info"]["implementation"], 0, left=True),
+        Column("implementation", marked_name, 0, left=True),
         Column(f"makespan {unit}", lambda b: significant(b["stats"]["median"] * factor), 0),
         Column("speed-up [95 % CI]", _speedup, 1),
         Column("efficiency", info("efficiency", lambda x: f"{100 * x:.1f} %"), 0),
+        Column("padding", padding, 0),
         Column(f"exposed {unit}", info("exposed_s", lambda x: significant(x * factor)), 1),
         Column("% bound", info("percent_of_bound", lambda x: f"{x:.0f} %"), 2),
         Column("imbalance", slowest, 3),
@@ -86,6 +101,7 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
         Column("peak MiB", info("peak_bytes", lambda x: f"{x / 2**20:.0f}"), 5),
         Column("error", info("error_over_budget", lambda x: f"✓ {x:.2f}"), 2),
     ]
+    return columns if any(_padded(b["extra_info"]) for b in rows) else [c for c in columns if c.title != "padding"]
 
 
 def _speedup(benchmark: Benchmark) -> str:

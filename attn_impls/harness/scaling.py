@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from ..parallel.plan import Plan, Traffic
@@ -27,7 +28,7 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
         "slowest_rank": max(range(ranks.size), key=track.rank_medians.__getitem__),
         "imbalance": track.imbalance,
         "silent_s": silent and silent.median,
-        "exposed_s": track.median - silent.median if silent else 0.0,
+        "exposed_s": exposed_seconds(track, silent) if silent else 0.0,
         "padding_bound": plan.bound,
         "host_us": cost["host_us"],
         "peak_bytes_by_rank": peaks,
@@ -37,6 +38,12 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
     found |= probed(sent, probe) if sent else {}
     bound = bound_seconds(plan.bound, sent, alone.median if alone else None, found.get("probe_s", 0.0), ranks.size)
     return found | {"bound_s": bound, "percent_of_bound": bound and 100 * bound / track.median}
+
+
+def exposed_seconds(track: Track, silent: Track) -> float:
+    """The median over rounds of what sending adds to a round: a clock that falls under load slows both of a round's calls."""
+    rounds = zip(track.samples, silent.samples, strict=True)
+    return statistics.median(sending.seconds - nothing.seconds for sending, nothing in rounds)
 
 
 def probed(sent: tuple[Traffic, ...], probe: Probe) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class SpreadVerdict:
     worst_rank: int
     unsharded_error_over_budget: float | None  # of the same kernel on one rank; None where it does not fit
     what: str = "its worst row"
+    alone_missing: str = ""  # why one rank has no time of its own, where it turned out after planning
 
     @property
     def failure(self) -> str:

@@ -94,7 +94,8 @@ class Spreads:
                 return
             try:
                 facts = self._facts(trial, timing, verdict)
-                self._record(benchmark, facts | {"one_rank_missing": self._alone_missing, "build_s": build_seconds})
+                missing = self._alone_missing or verdict.alone_missing
+                self._record(benchmark, facts | {"one_rank_missing": missing, "build_s": build_seconds})
             except BaseException:
                 benchmark.has_error = True
                 raise
@@ -121,7 +122,7 @@ class Spreads:
         probing = partial(scaling.facts, trial.plan, case.direction, timing, self.probe, self.session.clock)
         facts = self.ranks.guarded("probing", probing, collective=True)
         self.ranks.guarded("physics", lambda: self.session.reject_impossible(case, seconds, size))
-        facts |= {"strategy": trial.form.strategy, "form": trial.form.name}
+        facts |= {"strategy": trial.form.strategy, "form": trial.form.name, **trial.plan.options}
         facts |= identity(case, self.session.selection, seconds)
         if gpu := self.session.datasheet:
             limit = limits.roofline(case.workload, case.direction, gpu, limits.Ceiling(0, 0))

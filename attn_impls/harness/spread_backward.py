@@ -65,10 +65,10 @@ def errors(trial: Trial) -> dict[str, list[float]]:
 def prepare(trial: Trial) -> tuple[Calls, SpreadVerdict]:
     """Check, then say what to time: the gradient kernels and what they send, without the forward pass."""
     plan, problem, found = trial.plan, trial.problem, errors(trial)
-    alone, error = _alone(trial)
+    alone, error, missing = _alone(trial)
     worst = max(found, key=lambda name: max(found[name]))
     by_rank = found[worst]
-    verdict = SpreadVerdict(max(by_rank), by_rank.index(max(by_rank)), error, f"the worst row of d{worst}")
+    verdict = SpreadVerdict(max(by_rank), by_rank.index(max(by_rank)), error, f"the worst row of d{worst}", missing)
     if verdict.failure:
         raise CaseFailed(f"{trial.case.implementation.name} {verdict.failure}; it is not timed")
     share = trial.guarded("sharing", partial(plan.share, *problem.plain))
@@ -112,24 +112,23 @@ def _known(trial: Trial, n: int) -> dict[str, Reference]:
     return trial.known(("projected gradients", n), lambda: make(dout=problem.douts[n]))
 
 
-def _alone(trial: Trial) -> tuple[Any, float | None]:
-    """The whole problem's backward pass on one rank, and its worst row's error; None where one rank cannot."""
+def _alone(trial: Trial) -> tuple[Any, float | None, str]:
+    """The whole problem's backward pass on one rank and its worst row's error; None and why, where a rank cannot."""
     case, whole, problem = trial.case, trial.whole, trial.problem
     if whole is None:
-        return None, None
+        return None, None, ""
 
-    def alone() -> tuple[Any, float]:
+    def alone() -> tuple[Any, float, str]:
         layout, known = case.implementation.layout, problem.gradient_references[1]
         native = problem.plain.as_layout(layout)
         dout = as_layout(problem.douts[1], layout)
         try:
             found = backward.gradients(case, whole, native, dout)
-        except OutOfMemory:  # the parts may still run
-            return None, 0.0
+        except (OutOfMemory, Unsupported) as error:  # the parts may still run
+            return None, 0.0, str(error).splitlines()[0]
         over = (known[name].over_budget(one[:, problem.gradient_heads[name]]) for name, one in zip("qkv", found, strict=True))
-        return problem.call(case, whole), max(over)
+        return problem.call(case, whole), max(over), ""
 
-    call, error = trial.guarded("one rank alone", alone)
-    if not all(trial.ranks.exchange(call is not None)):
-        return None, None
-    return call, trial.worst(error)[0]
+    call, error, missing = trial.guarded("one rank alone", alone)
+    missing = next(filter(None, trial.ranks.exchange(missing)), "")
+    return (None, None, missing) if missing else (call, trial.worst(error)[0], "")

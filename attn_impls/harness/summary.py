@@ -81,7 +81,7 @@ def _columns(rows: list[Benchmark]) -> list[Column]:
     if memory_bound:
         rates.append(Column("GB/s", info("tb_per_s", lambda x: significant(x * 1e3)), 1))
     columns = [
-        Column("implementation", _name, 0, left=True),
+        Column("implementation", marked_name, 0, left=True),
         Column(f"{timer} {unit}", lambda b: significant(b["stats"]["median"] * factor), 0),
         Column("IQR", lambda b: f"{100 * b['stats']['iqr'] / b['stats']['median']:.1f} %", 4),
         *rates,
@@ -118,7 +118,8 @@ def table(rows: list[Benchmark], columns: list[Column], width: int) -> Iterable[
         yield Line(text if len(text) <= width else text[: width - 1] + "…", style)
 
 
-def _name(benchmark: Benchmark) -> str:
+def marked_name(benchmark: Benchmark) -> str:
+    """The implementation, with the kernel that it chose and what is doubtful about its number."""
     info = benchmark["extra_info"]
     chosen = info.get("chosen")
     flags = "".join(mark for key, mark in MARKS if info.get(key))
@@ -170,6 +171,17 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
     lines = []
     if infos:
         lines.append("error: worst row against float64, as a share of what its dtype excuses (✓ up to 1)")
+    lines += marks_explained(infos)
+    lines += _probes(infos)
+    clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
+    if clocks:
+        lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
+    return ["", *lines] if lines else []
+
+
+def marks_explained(infos: list[dict[str, Any]]) -> list[str]:
+    """What the marks of `marked_name` mean, of those that these cases have."""
+    lines = []
     if any(info.get("chosen") for info in infos):
         lines.append("→ the kernel that a dispatching library chose")
     if any(info.get("host_bound") for info in infos):
@@ -182,11 +194,7 @@ def _legend(benchmarks: list[Benchmark]) -> list[str]:
         lines.append(f"≈ approximate kernel{named}, by its own account: its error is a share of what that arithmetic excuses")
     if any(info.get("resumed") for info in infos):
         lines.append("↺ measured by the run that this one resumed")
-    lines += _probes(infos)
-    clocks = [info["sm_mhz_median"] for info in infos if info.get("sm_mhz_median")]
-    if clocks:
-        lines.append(f"SM clock while timing: median {statistics.median(clocks):.0f} MHz, lowest case {min(clocks):.0f} MHz")
-    return ["", *lines] if lines else []
+    return lines
 
 
 def _probes(infos: list[dict[str, Any]]) -> list[str]:

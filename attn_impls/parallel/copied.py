@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..registry import Unsupported
+from ..registry import Kernel, Unsupported
 from ..workload import Workload
 from .heads import in_proportion
 from .peers import Peers
@@ -56,6 +56,13 @@ class GatherCopied(Gather):
         self.row_dim = 3 - self.head_dim
         self.peers: Any = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        spread = self.spread
+        chunks, streams = list(spread.overlap_chunks), list(spread.overlap_streams)
+        overlap = {"overlap_chunks": chunks, "overlap_along": spread.overlap_along, "overlap_streams": streams}
+        return super().options | overlap
+
     def chunk_weights(self) -> tuple[int, ...]:
         return self.spread.overlap_chunks if self.along == "heads" else (1,)
 
@@ -64,6 +71,11 @@ class GatherCopied(Gather):
             return super().chunk_workloads()
         whole = self.partition.local(0)
         return [whole.replace(q_len=len(rows), kv_len=self.keys(rows)) for rows in self.rows]
+
+    def build_kernels(self) -> list[Kernel]:
+        """One a chunk where several streams compute: a kernel may own a workspace or a handle, for one call at a time."""
+        computing = self.spread.overlap_streams[0]
+        return super().build_kernels() if computing == 1 else [self.spread.build(w) for w in self.locals]
 
     def keys(self, rows: range) -> int:
         """How many keys, from the first, a chunk of query rows may see."""
@@ -81,6 +93,9 @@ class GatherCopied(Gather):
 
     def cut(self, tensor: torch.Tensor, rows: range) -> torch.Tensor:
         return tensor.narrow(self.row_dim, rows.start, len(rows)).contiguous()
+
+    def rehearse(self, share: list[Share]) -> None:
+        self.attend(share)  # the streams come with the peers
 
     def connect(self) -> None:
         super().connect()
@@ -102,6 +117,16 @@ class GatherCopied(Gather):
                 peers.push(kernel(*tensors), [self.place(full, chunk) for full in peers.outputs])
         peers.leave()
         return self.without_padding(peers.outputs[self.spread.rank])
+
+    def silent(self, share: list[Share]) -> torch.Tensor:
+        """The chunks on the streams that compute them when they are sent."""
+        self.peers.fork()
+        outs = []
+        for chunk, (kernel, tensors) in enumerate(zip(self.kernels, share, strict=True)):
+            with self.peers.computing(chunk):
+                outs.append(kernel(*tensors))
+        self.peers.join()
+        return outs[0]
 
 
 FORMS = (Form("gather-copied", GatherCopied),)

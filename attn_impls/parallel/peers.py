@@ -21,7 +21,10 @@ DEVICE_TO_DEVICE = 3  # cudaMemcpyKind
 
 
 class Peers:
-    """The outputs of all ranks, seen from one: `enter`, then for each chunk `computing` and `push`, then `leave`."""
+    """The outputs of all ranks, seen from one: `enter`, then for each chunk `computing` and `push`, then `leave`.
+
+    To compute alone: `fork`, for each chunk `computing`, then `join`.
+    """
 
     @staticmethod
     def check(device: str, size: int) -> None:
@@ -57,10 +60,21 @@ class Peers:
         self.pushing = [torch.cuda.Stream() for _ in range(pushing)]
         self.keeping = torch.cuda.Stream()  # for a rank's copies to itself
 
+    def fork(self) -> None:
+        """Let the streams that compute begin where the caller's stands."""
+        self.caller = torch.cuda.current_stream()
+        for stream in self.beside:
+            stream.wait_stream(self.caller)
+
+    def join(self) -> None:
+        """Let the caller's stream go on when all that was computed is done."""
+        for stream in self.beside:
+            self.caller.wait_stream(stream)
+
     def enter(self) -> None:
         """Wait, beside the first kernel, until no rank reads the last result any more."""
-        self.caller = torch.cuda.current_stream()
-        for stream in (*self.beside, *self.pushing, self.keeping):
+        self.fork()
+        for stream in (*self.pushing, self.keeping):
             stream.wait_stream(self.caller)
         first, *rest = self.pushing
         with torch.cuda.stream(first):

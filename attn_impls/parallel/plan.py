@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,11 @@ class Plan:
 
     def __init__(self, spread: Spread):
         self.spread = spread
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that decide what this plan does, by their names, as flat JSON; of pad_heads, whether it had to pad."""
+        return {"pad_heads": self.bound < 1}
 
     def rehearse(self, share: list[Share]) -> None:
         """Compile and call the kernels, alone, before anybody waits for them."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..registry import Unsupported, in_layout
+from ..registry import Kernel, Unsupported, in_layout
 from .collectives import all_gather, neighbours
 from .heads import partition
 from .plan import Form, Gradients, Graph, Holding, Plan, Share, Spread, Traffic
@@ -40,8 +40,7 @@ class Core(Plan):
         self.bound = self.partition.bound
         self.head_dim = 1 if spread.layout == "bhsd" else 2  # the dimension of heads
         self.locals = self.chunk_workloads()
-        built = {w: spread.build(w) for w in dict.fromkeys(self.locals)}
-        self.kernels = [built[w] for w in self.locals]
+        self.kernels = self.build_kernels()
         self.kv_group: dist.ProcessGroup | None = None
 
     def chunk_weights(self) -> tuple[int, ...]:
@@ -49,6 +48,11 @@ class Core(Plan):
 
     def chunk_workloads(self) -> list[Any]:
         return [self.partition.local(chunk) for chunk in range(len(self.partition.chunks))]
+
+    def build_kernels(self) -> list[Kernel]:
+        """One a chunk; chunks of one size, which run one after another, have one together."""
+        built = {w: self.spread.build(w) for w in dict.fromkeys(self.locals)}
+        return [built[w] for w in self.locals]
 
     def connect(self) -> None:
         if self.partition.sharing > 1:
@@ -206,6 +210,10 @@ class GatherOverlapped(Gather):
 
     def chunk_weights(self) -> tuple[int, ...]:
         return self.spread.overlap_chunks
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"overlap_chunks": list(self.spread.overlap_chunks)}
 
     def __init__(self, spread: Spread):
         super().__init__(spread)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .load import Row
+from .load import HOW, Row
 from .style import PALETTE, SHAPES
 
 SLANTED = {"left": 4, "top": 4, "right": 30, "bottom": 4}  # room for the last of a heat map's slanted titles
@@ -120,6 +120,7 @@ TIPS = {
     "implementation": ("implementation", ""),
     "kernel chosen": ("chosen", ""),
     "form": ("form", ""),
+    **{key: (key, "") for key in (*HOW, "heads")},
     "ranks": ("world_size", "d"),
     "median ms": ("ms", ".4g"),
     "quartile 1, ms": ("q1", ".4g"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .chart import WHAT, Chart, Series, base, log, spec
-from .load import Row, Run, identity
+from .load import HOW, Row, Run, identity
 from .tables import Section
 
 
@@ -36,6 +36,8 @@ def history(section: Section, series: Series, runs: list[Run]) -> Chart | None:
     tips = (
         *WHAT,
         "form",
+        *HOW,
+        "heads",
         "ranks",
         "median ms",
         "quartile 1, ms",

@@ -13,7 +13,9 @@ from typing import Any
 from ...workload import Workload
 
 Row = dict[str, Any]  # one case of one run
-CASE = ("device", "direction", "workload", "implementation", "form", "world_size")  # what makes two rows the same case
+HOW = ("chunks", "along", "streams")  # the --overlap- options with which a form was run
+# what makes two rows the same case
+CASE = ("device", "direction", "workload", "implementation", "form", "world_size", *HOW, "heads")
 WHERE = ("workload", "implementation", "direction", "form")  # what a case is called within its run
 
 
@@ -178,9 +180,14 @@ def _spread(info: dict[str, Any], number: Any, ms: float) -> Row:
     size = _number(info["world_size"], "world_size")
     low, high = number("speedup_ci_low"), number("speedup_ci_high")
     exposed = number("exposed_s", 1e3)
+    padded = info.get("pad_heads", (number("padding_bound") or 1) < 1)
     return {
         "form": str(info["form"]),
         "world_size": int(size),
+        "chunks": _listed(info.get("overlap_chunks")),
+        "along": _listed(info.get("overlap_along")),
+        "streams": _listed(info.get("overlap_streams")),
+        "heads": "padded" if padded else "",
         "efficiency": number("efficiency", 100),
         "efficiency_low": low and 100 * low / size,
         "efficiency_high": high and 100 * high / size,
@@ -190,6 +197,11 @@ def _spread(info: dict[str, Any], number: Any, ms: float) -> Row:
         "bound_percent": number("percent_of_bound"),
         "imbalance": number("imbalance"),
     }
+
+
+def _listed(value: Any) -> str:
+    """An option as it is given; "" where it does not concern the form, or an older file does not have it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
 def _family(identity: str) -> str:

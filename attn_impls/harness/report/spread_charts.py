@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .chart import CELLS, SLANTED, WHAT, Chart, Series, base, having, panels, readable, spec
+from .load import HOW
 from .tables import Section
 
 TIPS = (
     *WHAT,
     "form",
+    *HOW,
+    "heads",
     "ranks",
     "median ms",
     "quartile 1, ms",
@@ -31,7 +34,7 @@ def _matrix(section: Section, series: Series) -> Chart | None:
         return None
     names = [name for name in series.names if any(row["implementation"] == name for row in rows)]
     x = alt.X("implementation:N", sort=names, title=None, axis=alt.Axis(labelAngle=-40, orient="top", labelBound=False))
-    cells = base(rows, *TIPS).encode(x=x, y=alt.Y("form:N", sort=None, title=None))
+    cells = base(rows, *TIPS).encode(x=x, y=alt.Y("variant:N", sort=None, title=None))
     scale = alt.Scale(domain=[0, 100], range="ramp", interpolate="rgb", clamp=True)
     chart = cells.mark_rect().encode(color=alt.Color("efficiency:Q", scale=scale, legend=None))
     if len(names) <= CELLS:
@@ -48,7 +51,7 @@ def _matrix(section: Section, series: Series) -> Chart | None:
         rows,
         panels(rows, "workload", "world_size"),
         height=38,
-        lines=("form",),
+        lines=("variant",),
         width=150 + 50 * len(names),
         legend=False,
     )
@@ -73,9 +76,9 @@ def _efficiency(section: Section, series: Series) -> Chart | None:
             + lines
             + cases.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, shape=series.shape())
         )
-        return Chart("efficiency", "Efficiency", note, spec(chart), rows, panels(rows, "workload", "form"))
+        return Chart("efficiency", "Efficiency", note, spec(chart), rows, panels(rows, "workload", "variant"))
     x = alt.X("efficiency:Q", scale=alt.Scale(zero=True), title="efficiency, %")
-    y = alt.Y("form:N", sort=None, title=None, axis=alt.Axis(grid=True))
+    y = alt.Y("variant:N", sort=None, title=None, axis=alt.Axis(grid=True))
     offset = alt.YOffset("implementation:N", sort=series.names)
     spread = cases.mark_rule(strokeWidth=4, opacity=0.4).encode(
         x=alt.X("efficiency_low:Q"), x2="efficiency_high:Q", y=y, yOffset=offset
@@ -91,7 +94,7 @@ def _efficiency(section: Section, series: Series) -> Chart | None:
         rows,
         panels(rows, "workload", "world_size"),
         height=9,
-        lines=("form", "implementation"),
+        lines=("variant", "implementation"),
     )
 
 
@@ -102,7 +105,7 @@ def _exposed(section: Section, series: Series) -> Chart | None:
     rows = [row for row in having(section.rows, "exposed_ms", "hidden_ms") if row["exposed_ms"] > 0]
     if not rows:
         return None
-    rows = [row | {"bar": f"{row['form']} · {row['implementation']}"} for row in rows]
+    rows = [row | {"bar": f"{row['variant']} · {row['implementation']}"} for row in rows]
     y = alt.Y("bar:N", title=None, sort=alt.EncodingSortField("ms", op="min"))
     cases = base(rows, *TIPS)
     work = cases.mark_bar(opacity=0.35).encode(x=alt.X("hidden_ms:Q", title="makespan, ms"), y=y, color=series.colour())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..summary import significant
-from .load import Row, Run, newest
+from .load import HOW, Row, Run, newest
 
 NOISY = 0.1
 CLOSE = 0.03  # two medians of one process nearer than this are not told apart
@@ -67,7 +67,21 @@ def sections(runs: list[Run]) -> list[Section]:
     found: dict[tuple[str, str, bool], list[Row]] = {}
     for row in newest(runs):
         found.setdefault((row["device"], row["direction"], "form" in row), []).append(row)
-    return [Section(*key, rows) for key, rows in found.items()]
+    return [Section(*key, _told_apart(rows) if key[2] else rows) for key, rows in found.items()]
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """The rows with a "variant": the form, with those options that it was not always run with alike."""
+    ways: dict[str, list[Row]] = {}
+    for row in rows:
+        ways.setdefault(row["form"], []).append(row)
+    differing = {form: [key for key in HOW if len({row[key] for row in alike}) > 1] for form, alike in ways.items()}
+
+    def variant(row: Row) -> str:
+        said = "; ".join(f"{key} {row[key]}" for key in differing[row["form"]] if row[key])
+        return f"{row['form']} ({said})" if said else row["form"]
+
+    return [row | {"variant": variant(row)} for row in rows]
 
 
 def doubts(section: Section) -> list[str]:
@@ -106,7 +120,7 @@ def winners(section: Section) -> Table:
     """The fastest of each workload (of each form, on several ranks), and who is too near to be told apart."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in section.rows:
-        groups.setdefault((row["workload"], row.get("form"), row.get("world_size")), []).append(row)
+        groups.setdefault((row["workload"], row.get("variant"), row.get("world_size")), []).append(row)
     records = [_winner(sorted(rows, key=lambda row: row["ms"]), section.spread) for rows in groups.values()]
     who = ("<workload", "<form", "ranks", "<fastest") if section.spread else ("<workload", "<fastest")
     what = ("time", "efficiency") if section.spread else ("time", "rate", "% limit", "vs sdpa [95 % CI]")
@@ -122,7 +136,7 @@ def _winner(rows: list[Row], spread: bool) -> Record:
     near = leaders(rows)[1:]
     following = f"{name(others[0])} ({_behind(others[0]['ms'] / best['ms'])})" if others else "–"
     following = "≈ " + ", ".join(name(row) for row in near) if near else following
-    who = (best["form"], str(best["world_size"])) if spread else ()
+    who = (best["variant"], str(best["world_size"])) if spread else ()
     what = (percent(best["efficiency"]),) if spread else (rate(best), percent(best["percent"]), versus(best))
     return Record((title(best), *who, name(best), milliseconds(best["ms"]), *what, following), best["workload"])
 
@@ -177,8 +191,8 @@ def cases(section: Section) -> Table:
     seen: set[tuple[Any, ...]] = set()
     records = []
     for rows in section.workloads.values():
-        for row in sorted(rows, key=lambda row: str(row.get("form", ""))):  # stable: fastest first within
-            group = (row["workload"], row.get("form"), row.get("world_size"))
+        for row in sorted(rows, key=lambda row: str(row.get("variant", ""))):  # stable: fastest first within
+            group = (row["workload"], row.get("variant"), row.get("world_size"))
             cells = tuple(cell(row) for _, cell in columns)
             records.append(Record(cells, row["workload"], row["implementation"], group not in seen))
             seen.add(group)
@@ -244,7 +258,7 @@ SINGLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 SPREAD: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("<workload", title),
-    ("<form", lambda row: row["form"]),
+    ("<form", lambda row: row["variant"]),
     ("ranks", lambda row: str(row["world_size"])),
     ("<implementation", name),
     *_TIME,
