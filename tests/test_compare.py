@@ -213,8 +213,8 @@ def test_older_files_have_no_direction(compare):
     assert compare([saved_run(case)], [saved_run(saved_case("a", 1, 1.0))])[:2] == (0, {"a": "SAME"})
 
 
-def distributed(makespan, speedup, ranks=2):
-    place = {"strategy": "tensor", "form": "gather", "world_size": ranks, "speedup": speedup}
+def distributed(makespan, speedup, ranks=2, **how):
+    place = {"strategy": "tensor", "form": "gather", "world_size": ranks, "speedup": speedup} | how
     return [saved_run(saved_case("a", makespan, ceiling=None, **place))]
 
 
@@ -239,6 +239,13 @@ def test_distributed_cases_of_several_pairs_need_no_speedup(compare):
     before = [distributed(1.0, 1.8)[0] for _ in range(3)]
     after = [distributed(makespan, 1.8)[0] for makespan in (1.1, 1.101, 1.099)]
     assert compare(before, after)[:2] == (1, {"a": "REGRESSED"})
+
+
+def test_cases_made_with_other_options_are_not_told(compare):
+    code, verdicts, out = compare(distributed(1.0, 1.8, overlap_streams=[1, 1]), distributed(1.0, 1.8, overlap_streams=[2, 2]))
+    assert (code, verdicts) == (2, {"a": "INCONCLUSIVE"})
+    assert "made with overlap_streams [1, 1], now [2, 2]" in out
+    assert compare(distributed(1.0, 1.8), distributed(1.0, 1.8, overlap_streams=[2, 2]))[0] == 0  # older files do not say
 
 
 def test_other_numbers_of_ranks_are_other_cases(compare):

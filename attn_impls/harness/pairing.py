@@ -116,7 +116,8 @@ def _row(key: Key, pairs: list[tuple[Run, Run]], trusted: bool, controls: dict[s
     if len(both) < len(pairs):
         return replace(row, reason=f"missing from {sum(len(pairs) - len(side) for side in sides)} of {2 * len(pairs)} runs")
     if key.form:
-        return _makespan(row, both, floor)
+        different = next(filter(None, (saved.done_otherwise(a, b) for a, b in both)), "")
+        return replace(row, reason=different) if different else _makespan(row, both, floor)
     paired = trusted and all(a.paired and b.paired for a, b in both)
     # a throttled baseline was throttled with its case, in the same rounds: their ratio still counts among several
     usable = both if paired and len(both) >= MIN_PAIRS else _steady(both)

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,10 @@ from . import environment
 
 # what decides how fast the baseline SDPA is, besides the device
 SDPA_VERSIONS = ("torch", "cuda", "cudnn", "driver")
+
+
+# the options that decide what a distributed case does; of those that its form has
+HOW = ("overlap_chunks", "overlap_along", "overlap_streams", "pad_heads")
 
 
 class Key(NamedTuple):
@@ -42,6 +46,7 @@ class Measured:
     dtype: str
     control: float | None  # TFLOP/s that the session's fixed matmul reached
     throttled: bool
+    how: dict[str, Any] = field(default_factory=dict)  # of distributed cases: the options among HOW that were recorded
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,16 @@ def _measured(benchmark: dict[str, Any]) -> Measured:
     if not all(0 < number < math.inf for number in (seconds, paired or 1.0)):
         raise TypeError("a time is no time")
     control, throttled = info.get("ceiling_tflops"), bool(info.get("sm_clock_unsteady"))
-    return Measured(key, benchmark["fullname"], seconds, paired or None, info.get("dtype", ""), control or None, throttled)
+    how = {name: info[name] for name in HOW if name in info}
+    return Measured(key, benchmark["fullname"], seconds, paired or None, info.get("dtype", ""), control or None, throttled, how)
+
+
+def done_otherwise(one: Measured, other: Measured) -> str:
+    """The option with which two runs of a distributed case were made differently, or ""; older files do not say."""
+    for name in one.how.keys() & other.how.keys():
+        if one.how[name] != other.how[name]:
+            return f"made with {name} {one.how[name]}, now {other.how[name]}"
+    return ""
 
 
 def incomparable(one: Run, other: Run) -> str:

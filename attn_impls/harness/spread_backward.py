@@ -45,7 +45,7 @@ def errors(trial: Trial) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for n, inputs in enumerate((problem.needles, problem.plain)):
         share = trial.guarded("sharing", partial(plan.share, *inputs))
-        upstream = trial.guarded("sharing", lambda n=n: plan.upstream(problem.douts[n]))  # type: ignore[misc]
+        upstream = trial.guarded("sharing", lambda n=n: plan.upstream(problem.douts[n].clone()))  # type: ignore[misc]
         if n == 0:  # once: a kernel that returns the last call's gradients must not be given the right ones first
             trial.guarded("the backward pass alone", partial(_rehearse, trial, share, upstream))
         known = _known(trial, n)
@@ -72,7 +72,7 @@ def prepare(trial: Trial) -> tuple[Calls, SpreadVerdict]:
     if verdict.failure:
         raise CaseFailed(f"{trial.case.implementation.name} {verdict.failure}; it is not timed")
     share = trial.guarded("sharing", partial(plan.share, *problem.plain))
-    upstream = trial.guarded("sharing", lambda: plan.upstream(problem.douts[1]))
+    upstream = trial.guarded("sharing", lambda: plan.upstream(problem.douts[1].clone()))
     calls: Calls = {"ranks": BackwardPass(trial, share, upstream)}
     if alone and (error or 0) <= 1:
         calls["one rank"] = alone
