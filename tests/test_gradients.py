@@ -236,7 +236,7 @@ def test_a_round_measured_again_gets_forward_passes_of_its_own(monkeypatch):
     slow = backward.Backward.__call__
 
     def late(self):
-        gpu.work(1.5 * FIRST_SPIN)
+        gpu.work(2 * FIRST_SPIN)
         gpu.enqueue(KERNEL)
         return slow(self)
 
