@@ -53,3 +53,20 @@ def test_exposed_communication_is_told_round_by_round():
 
 def test_what_sends_nothing_exposes_nothing():
     assert facts(ranks=track(1.0, 2.0))["exposed_s"] == 0.0
+
+
+def test_a_throttled_rank_marks_the_case_whichever_it_is():
+    class Ranks(OneRank):
+        size = 2
+
+        def exchange(self, value):
+            peak, _, _ = value
+            return [value, (peak, 1500.0, True)]
+
+    probe = Probe()
+    probe.ranks = Ranks()
+    one = track(1.0, 1.0)
+    one.by_rank = [[1.0, 1.0]] * 2
+    found = scaling.facts(Sending(None), "forward", {"ranks": one, "one rank": one}, probe, HostClock())
+    assert (found["sm_clock_unsteady"], found["sm_mhz_by_rank"]) == (True, [None, 1500.0])
+    assert not found.keys() & {"vs_sdpa", "sdpa_s"}

@@ -16,9 +16,12 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
     track, ranks = timing["ranks"], probe.ranks
     alone, silent = timing.get("one rank"), timing.get("silent")
     found = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), clock)
-    ratio = [found.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]
+    ratio = [found.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]  # here: of one rank to all
+    found.pop("sdpa_s")
     cost = measure.cost(track.call, clock, track.median)
-    peaks = ranks.exchange(cost["peak_bytes"])
+    peaks, clocks, unsteady = zip(
+        *ranks.exchange((cost["peak_bytes"], found["sm_mhz_median"], found["sm_clock_unsteady"])), strict=True
+    )
     found |= {
         **dict(zip(("speedup", "speedup_ci_low", "speedup_ci_high"), ratio, strict=True)),
         "efficiency": ratio[0] and ratio[0] / ranks.size,
@@ -31,7 +34,9 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
         "exposed_s": exposed_seconds(track, silent) if silent else 0.0,
         "padding_bound": plan.bound,
         "host_us": cost["host_us"],
-        "peak_bytes_by_rank": peaks,
+        "sm_mhz_by_rank": list(clocks),
+        "sm_clock_unsteady": any(unsteady),
+        "peak_bytes_by_rank": list(peaks),
         "peak_bytes": None if None in peaks else max(peaks),
     }
     sent = plan.traffic(direction)
