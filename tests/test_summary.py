@@ -350,3 +350,11 @@ def test_what_implementations_answered_is_told_by_answer():
     text = " ".join(line.strip() for line in texts(rows, width=80))
     assert "(closed-form answers): one, three: 9 ok; two: 1 ok, 8 not asked" in text
     assert "closed-form" not in " ".join(texts([saved("one", 1e-3)]))
+
+
+@pytest.mark.parametrize(("beside", "said"), [(1.66e-3, False), (1.58e-3, False), (1.70e-3, True), (1.5e-3, True)])
+def test_an_sdpa_that_is_another_beside_the_others_is_told(beside, said):
+    rows = [saved("sdpa", 1.62e-3, vs_sdpa=1.0), saved("one", 2e-3, sdpa_s=beside), saved("two", 3e-3, sdpa_s=beside)]
+    told = [line for line in texts(rows) if "beside the others" in line]
+    shown = f"{1e3 * beside:.3g}"
+    assert told == [f"  sdpa took {shown} ms beside the others, to which they are compared, and 1.62 alone"] * said

@@ -14,6 +14,7 @@ from .case import group
 
 Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
 MARKS = (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈"), ("resumed", " ↺"))
+CLOSE = 0.03  # two medians of one process nearer than this are not told apart
 MIN_KERNEL_WIDTH = 14  # columns below which a kernel's name says nothing
 
 
@@ -56,7 +57,25 @@ def _group(name: str, benchmarks: list[Benchmark], missing: dict[str, str], widt
     if benchmarks:
         rows = sorted(benchmarks, key=lambda b: b["stats"]["median"])
         yield from table(rows, _columns(rows), width)
+        yield from _two_baselines(rows)
     yield from _reasons(missing)
+
+
+def _two_baselines(rows: list[Benchmark]) -> Iterable[Line]:
+    """Where SDPA took another time beside the others than in its own row, by more than two medians may differ."""
+    alone = next((b["stats"]["median"] for b in rows if b["extra_info"]["implementation"] == "sdpa"), None)
+    beside = [b["extra_info"]["sdpa_s"] for b in rows if b["extra_info"].get("sdpa_s")]
+    if alone and beside and abs(statistics.median(beside) / alone - 1) > CLOSE:
+        unit, factor = _unit(alone)
+        least, most = (significant(factor * seconds) for seconds in (min(beside), max(beside)))
+        others = least if least == most else f"{least} to {most}"
+        yield Line(
+            f"  sdpa took {others} {unit} beside the others, to which they are compared, and {significant(factor * alone)} alone"
+        )
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    return ("ms", 1e3) if seconds >= 1e-4 else ("µs", 1e6)
 
 
 def _problem(info: dict[str, Any]) -> str:
@@ -69,7 +88,7 @@ def _problem(info: dict[str, Any]) -> str:
 
 def _columns(rows: list[Benchmark]) -> list[Column]:
     fastest = rows[0]["stats"]["median"]
-    unit, factor = ("ms", 1e3) if fastest >= 1e-4 else ("µs", 1e6)
+    unit, factor = _unit(fastest)
     timer = "device" if rows[0]["extra_info"].get("timer") == "device" else "wall"
     memory_bound = rows[0]["extra_info"].get("limit_bound") == "memory"
 

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..summary import significant
+from ..summary import CLOSE, significant
 from .load import HOW, Row, Run, newest
 
 NOISY = 0.1
-CLOSE = 0.03  # two medians of one process nearer than this are not told apart
 
 
 class Record(NamedTuple):
