@@ -73,15 +73,16 @@ def test_rows_are_cut_at_tiles_the_last_first(length, weights, chunks):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """`planned(plan class, along, streams)`, in three chunks, on one of two ranks."""
+    """`planned(plan class, along, streams, concurrent)`, in three chunks, on one of two ranks."""
     monkeypatch.setattr(Peers, "check", lambda *_: None)
 
     def build(w):
         return lambda *_: w
 
-    def make(plan, along="auto", streams=2):
+    def make(plan, along="auto", streams=2, concurrent=True):
         workload, overlap = Workload.parse("b1-h8-s512-d32-bf16"), {"overlap_along": along, "overlap_streams": (streams, 1)}
-        return plan(Spread(workload, Implementation("any", build), "cpu", 0, 2, build, overlap_chunks=(2, 1, 1), **overlap))
+        implementation = Implementation("any", build, concurrent=concurrent)
+        return plan(Spread(workload, implementation, "cpu", 0, 2, build, overlap_chunks=(2, 1, 1), **overlap))
 
     return make
 
@@ -104,5 +105,10 @@ def test_chunks_on_several_streams_share_no_kernel(planned, plan, along, streams
 def test_a_plan_names_the_options_that_concern_it(planned):
     assert planned(Gather).options == {"pad_heads": False}
     assert planned(GatherOverlapped).options == {"pad_heads": False, "overlap_chunks": [2, 1, 1]}
-    overlap = {"overlap_chunks": [2, 1, 1], "overlap_along": "auto", "overlap_streams": [2, 1]}
+    overlap = {"overlap_chunks": [2, 1, 1], "overlap_along": "heads", "overlap_streams": [2, 1]}
     assert planned(GatherCopied).options == {"pad_heads": False, **overlap}
+
+
+def test_kernels_that_must_not_run_at_once_get_one_stream_to_compute_on(planned):
+    assert planned(GatherCopied, concurrent=False).options["overlap_streams"] == [1, 1]
+    assert len(set(planned(GatherCopied, concurrent=False).kernels)) == 2  # chunks of one size share one

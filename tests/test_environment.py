@@ -66,3 +66,13 @@ def test_the_numbers_stand_without_nvml(nvml, monkeypatch, missing):
     assert environment.nvml_device(1) is None
     assert environment.state("cuda") == {}
     assert topology._links() == "2 GPUs a node, NVLinks unknown each, peer access to 1"
+
+
+def test_the_highest_clock_is_asked_until_it_is_told(nvml, monkeypatch):
+    monkeypatch.setattr(environment, "_max_sm_mhz", 0.0)
+    nvml.nvmlDeviceGetMaxClockInfo = refuse
+    assert environment.max_sm_mhz() == 0.0
+    nvml.nvmlDeviceGetMaxClockInfo = lambda *_: 1980
+    assert environment.max_sm_mhz() == 1980
+    nvml.nvmlDeviceGetMaxClockInfo = refuse
+    assert environment.max_sm_mhz() == 1980

@@ -133,3 +133,8 @@ def test_a_wrong_answer_keeps_its_cases_from_being_timed(run_suite, suite_copy):
     assert list(run.results) == [f"{without}-careless"]
     assert run.results[f"{without}-careless"]["extra_info"]["probes"] == "wrong: window; 8 ok"
     assert "fails the probe 'window'" in run.out
+
+
+def test_who_compiles_for_long_is_not_asked():
+    assert list(probes.unasked()) == NAMES
+    assert probes.brief(probes.unasked()) == f"{len(NAMES)} not asked"

@@ -13,8 +13,9 @@ from attn_impls.parallel.plan import Plan, Traffic
 class OneRank:
     size = 1
 
-    def exchange(self, value):
-        return [value]
+
+class TwoRanks:
+    size = 2
 
 
 class Probe:
@@ -40,7 +41,11 @@ def track(*seconds):
 
 
 def facts(**tracks):
-    return scaling.facts(Sending(None), "forward", tracks, Probe(), HostClock())
+    return told(tracks, [scaling.OnRank(None, None, False)], Probe())
+
+
+def told(timing, everyone, probe):
+    return scaling.facts(Sending(None), "forward", timing, scaling.of_rounds(timing, HostClock()), everyone, probe)
 
 
 def test_exposed_communication_is_told_round_by_round():
@@ -56,17 +61,9 @@ def test_what_sends_nothing_exposes_nothing():
 
 
 def test_a_throttled_rank_marks_the_case_whichever_it_is():
-    class Ranks(OneRank):
-        size = 2
-
-        def exchange(self, value):
-            peak, _, _ = value
-            return [value, (peak, 1500.0, True)]
-
-    probe = Probe()
-    probe.ranks = Ranks()
-    one = track(1.0, 1.0)
-    one.by_rank = [[1.0, 1.0]] * 2
-    found = scaling.facts(Sending(None), "forward", {"ranks": one, "one rank": one}, probe, HostClock())
-    assert (found["sm_clock_unsteady"], found["sm_mhz_by_rank"]) == (True, [None, 1500.0])
+    one, probe = track(1.0, 1.0), Probe()
+    one.by_rank, probe.ranks = [[1.0, 1.0]] * 2, TwoRanks()
+    found = told({"ranks": one, "one rank": one}, [scaling.OnRank(1, 1900.0, False), scaling.OnRank(2, 1500.0, True)], probe)
+    assert (found["sm_clock_unsteady"], found["sm_mhz_by_rank"]) == (True, [1900.0, 1500.0])
+    assert (found["peak_bytes"], found["peak_bytes_by_rank"]) == (2, [1, 2])
     assert not found.keys() & {"vs_sdpa", "sdpa_s"}

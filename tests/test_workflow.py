@@ -32,7 +32,7 @@ def test_cpu_job_runs_the_tests_lint_and_types():
     (run,) = (step["run"] for step in WORKFLOW["jobs"]["cpu"]["steps"] if "run" in step)
     assert run == ".ci/run"
     script = (REPOSITORY / run).read_text()
-    for tool in ("ruff check", "ruff format --check", "mypy", "pytest -m slow"):
+    for tool in ("ruff check", "ruff format --check", "mypy", "pytest --benchmark-only", "pytest -n auto -m slow"):
         assert f".venv/bin/{tool}" in script
 
 

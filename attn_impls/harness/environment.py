@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..registry import Implementation
 
 # what names the host, or changes from run to run: pytest-benchmark would store it and then warn that it differs
 VOLATILE = ("node", "release")
+_max_sm_mhz = 0.0
 VOLATILE_CPU = ("hz_actual", "hz_actual_friendly", "flags")
 
 
@@ -97,9 +97,11 @@ def device_bytes(device: str) -> int:
     return there
 
 
-@cache
 def max_sm_mhz() -> float:
-    return _nvml_facts().get("max_sm_mhz") or 0.0
+    """The highest SM clock of the current device, 0 where NVML does not tell; asked until it does."""
+    global _max_sm_mhz
+    _max_sm_mhz = _max_sm_mhz or _nvml_facts().get("max_sm_mhz") or 0.0
+    return _max_sm_mhz
 
 
 def nvml_device(device: int) -> tuple[Any, Any] | None:

@@ -34,6 +34,7 @@ def register(names: list[str], slowed: bool) -> None:
                 devices=original.devices,
                 backward=original.backward,
                 approximate=original.approximate,
+                concurrent=original.concurrent,
                 install=original.install,
             )(_builder(original, share if slowed else 0))
 

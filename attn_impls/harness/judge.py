@@ -143,8 +143,12 @@ class Problem:
         """The input that the calls in this layout have changed, "" if none; `native` makes them anew."""
         complaint = _complaint(None, self.plain, self.native(layout), layout)
         if complaint:
-            del self._natives[layout]
+            self.forget(layout)
         return complaint
+
+    def forget(self, layout: str) -> None:
+        """Make the inputs in this layout anew, for whoever is next: a call that failed may have changed them."""
+        self._natives.pop(layout, None)
 
     @cached_property
     def gradient_heads(self) -> dict[str, list[int]]:

@@ -136,7 +136,7 @@ def facts(timing: Timing, clock: Clock) -> dict[str, Any]:
         "host_bound": host_bound(samples),
         "late_rounds": sum(sample.late for sample in samples),
         "late_baseline_rounds": sum(sample.late for sample in timing.baseline or []),
-        "sdpa_s": statistics.median(sample.seconds for sample in timing.baseline) if timing.baseline else None,
+        "sdpa_s": statistics.median(sample.seconds for sample in timing.baseline or []) if ratio else None,
         "remeasured_rounds": timing.retries,
         "cold_l2": clock.cold_l2,
         "sm_mhz_median": median_mhz if clocked else None,

@@ -15,6 +15,7 @@ from ..workload import Workload
 from .case import Broken, Case, CaseFailed, DeviceLost, build, call
 from .inputs import Inputs
 
+TOO_SLOW = 20.0  # seconds that building a case may take before its implementation is asked nothing: a probe compiles as long
 SLOW = 0.3  # seconds that an answer may take, building included, before an implementation in a hurry is asked no more
 APPROXIMATE = 0.05
 
@@ -127,6 +128,11 @@ def answer(asked: Probe, implementation: Implementation, device: str) -> str:
         return "ok"
     first = tuple(wrong.nonzero()[0].tolist())
     return f"wrong: {int(wrong.sum())} of {wrong.numel()} values, at {list(first)} {out[first]:.4g} for {right[first]:.4g}"
+
+
+def unasked() -> dict[str, str]:
+    """The answers of an implementation whose kernels take too long to compile."""
+    return dict.fromkeys((asked.name for asked in PROBES), "not asked: slow to build")
 
 
 def brief(answers: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..parallel.plan import Plan, Traffic
 from . import measure
@@ -11,17 +11,33 @@ from .clock import Clock
 from .makespan import Probe, Track
 
 
-def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, clock: Clock) -> dict[str, Any]:
-    """The flat extra_info that the rounds, the probe and one more call give. All ranks call it together."""
+class OnRank(NamedTuple):
+    """What a rank tells the others of its own device."""
+
+    peak_bytes: int | None
+    sm_mhz: float | None
+    sm_clock_unsteady: bool
+
+
+def of_rounds(timing: dict[str, Track], clock: Clock) -> dict[str, Any]:
+    """The flat extra_info that this rank's samples give."""
+    track, alone = timing["ranks"], timing.get("one rank")
+    found = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), clock)
+    found.pop("sdpa_s")  # the baseline here is one rank
+    return found
+
+
+def facts(
+    plan: Plan, direction: str, timing: dict[str, Track], found: dict[str, Any], everyone: list[OnRank], probe: Probe
+) -> dict[str, Any]:
+    """The flat extra_info that the rounds, all ranks and the probe give. All ranks call it together.
+
+    found: of_rounds, with host_us.
+    """
     track, ranks = timing["ranks"], probe.ranks
     alone, silent = timing.get("one rank"), timing.get("silent")
-    found = measure.facts(measure.Timing(track.samples, alone.samples if alone else None, track.retries), clock)
     ratio = [found.pop(key) for key in ("vs_sdpa", "vs_sdpa_ci_low", "vs_sdpa_ci_high")]  # here: of one rank to all
-    found.pop("sdpa_s")
-    cost = measure.cost(track.call, clock, track.median)
-    peaks, clocks, unsteady = zip(
-        *ranks.exchange((cost["peak_bytes"], found["sm_mhz_median"], found["sm_clock_unsteady"])), strict=True
-    )
+    peaks = [one.peak_bytes for one in everyone]
     found |= {
         **dict(zip(("speedup", "speedup_ci_low", "speedup_ci_high"), ratio, strict=True)),
         "efficiency": ratio[0] and ratio[0] / ranks.size,
@@ -33,11 +49,10 @@ def facts(plan: Plan, direction: str, timing: dict[str, Track], probe: Probe, cl
         "silent_s": silent and silent.median,
         "exposed_s": exposed_seconds(track, silent) if silent else 0.0,
         "padding_bound": plan.bound,
-        "host_us": cost["host_us"],
-        "sm_mhz_by_rank": list(clocks),
-        "sm_clock_unsteady": any(unsteady),
-        "peak_bytes_by_rank": list(peaks),
-        "peak_bytes": None if None in peaks else max(peaks),
+        "sm_mhz_by_rank": [one.sm_mhz for one in everyone],
+        "sm_clock_unsteady": any(one.sm_clock_unsteady for one in everyone),
+        "peak_bytes_by_rank": peaks,
+        "peak_bytes": None if None in peaks else max(peak for peak in peaks if peak is not None),
     }
     sent = plan.traffic(direction)
     found |= probed(sent, probe) if sent else {}

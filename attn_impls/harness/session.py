@@ -180,34 +180,37 @@ class Session:
             sdpa_is_wrong |= verdict.sdpa_is_wrong
             if verdict.disqualified:
                 raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
-        if case.implementation.name not in self._probed:
-            self._probed[case.implementation.name] = probes.probe(case.implementation, self.device, hurry=True)
+        name, layout = case.implementation.name, case.implementation.layout
+        if name not in self._probed and build_seconds > probes.TOO_SLOW:
+            self._probed[name] = probes.unasked()
+        if name not in self._probed:
+            self._probed[name] = probes.probe(case.implementation, self.device, hurry=True)
             kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
-        answers = self._probed[case.implementation.name]
+        answers = self._probed[name]
         if objection := probes.objection(answers, case.workload):
-            raise CaseFailed(f"{case.implementation.name} {objection}; it is not timed")
+            raise CaseFailed(f"{name} {objection}; it is not timed")
         call = problem.call(case, kernel)
         baseline = None if sdpa_is_wrong else self._baseline(case, problem)
-        rounds, warmup = self.selection.rounds, self.selection.warmup_rounds
-        with guard(case, "kernel"):
-            timing = measure.run(benchmark, self.clock, call, baseline, rounds, warmup)
-        if complaint := problem.changed(case.implementation.layout):
-            benchmark.has_error = True
-            raise CaseFailed(f"{case.implementation.name} {complaint} while it was timed")
-        if not benchmark.enabled:
-            return
-        # pytest-benchmark would store their repr, with addresses and paths
-        benchmark.stats.params = {"workload": str(case.workload), "implementation": case.implementation.name}
-        with _nothing_saved_unless_whole(benchmark):
-            self.reject_impossible(case, timing.median)
+        with _nothing_saved_unless_whole(benchmark), _inputs_whole_for_the_next(problem, layout):
             with guard(case, "kernel"):
-                facts = measure.facts(timing, self.clock) | measure.cost(call, self.clock, timing.median)
-                facts["kernels"] = profile.kernel_names(call, self.device)
+                timing = measure.run(benchmark, self.clock, call, baseline, self.selection.rounds, self.selection.warmup_rounds)
+                facts = measure.facts(timing, self.clock)
+            if benchmark.enabled:
+                self.reject_impossible(case, timing.median)
+                with guard(case, "kernel"):
+                    facts |= measure.cost(call, self.clock, timing.median)
+                    facts["kernels"] = profile.kernel_names(call, self.device)
+            if complaint := problem.changed(layout):
+                raise CaseFailed(f"{name} {complaint} while it was timed")
+            if not benchmark.enabled:
+                return
             facts |= self._describe(case, timing.median, verdict) | {"build_s": build_seconds, "probes": probes.brief(answers)}
             if case.implementation.dispatches:
                 facts["chosen"] = profile.chosen(facts["kernels"])
-            if case.implementation.name == "sdpa":
+            if name == "sdpa":
                 facts["vs_sdpa"] = 1.0
+            # pytest-benchmark would store their repr, with addresses and paths
+            benchmark.stats.params = {"workload": str(case.workload), "implementation": name}
             benchmark.extra_info.update(facts)
             self.results.append(benchmark.stats.as_dict())
             self.keep(self.results[-1])
@@ -286,4 +289,14 @@ def _nothing_saved_unless_whole(benchmark: Any) -> Iterator[None]:
         yield
     except BaseException:
         benchmark.has_error = True
+        raise
+
+
+@contextlib.contextmanager
+def _inputs_whole_for_the_next(problem: Problem, layout: str) -> Iterator[None]:
+    """After any failure, do not hand on the tensors that its calls were given."""
+    try:
+        yield
+    except BaseException:
+        problem.forget(layout)
         raise

@@ -9,7 +9,7 @@ from typing import Any
 from ..parallel.plan import Form, Plan, Spread
 from ..registry import Kernel, Unsupported
 from ..workload import Workload
-from . import limits, makespan, scaling, sharded, spread_backward, spread_forward, topology
+from . import limits, makespan, measure, scaling, sharded, spread_backward, spread_forward, topology
 from .case import Case, CaseFailed, OutOfMemory, build, guard
 from .identity import identity
 from .judge import Problem
@@ -119,7 +119,13 @@ class Spreads:
     def _facts(self, trial: Trial, timing: dict[str, makespan.Track], verdict: SpreadVerdict) -> dict[str, Any]:
         """The case's extra_info."""
         case, seconds, size = trial.case, timing["ranks"].median, self.ranks.size
-        probing = partial(scaling.facts, trial.plan, case.direction, timing, self.probe, self.session.clock)
+        clock, track = self.session.clock, timing["ranks"]
+        found = scaling.of_rounds(timing, clock)
+        # what ranks tell one another stands between guarded phases, never within one
+        cost = self.ranks.guarded("the cost of a call", partial(measure.cost, track.call, clock, track.median), collective=True)
+        mine = scaling.OnRank(cost["peak_bytes"], found["sm_mhz_median"], found["sm_clock_unsteady"])
+        found["host_us"], everyone = cost["host_us"], self.ranks.exchange(mine)
+        probing = partial(scaling.facts, trial.plan, case.direction, timing, found, everyone, self.probe)
         facts = self.ranks.guarded("probing", probing, collective=True)
         self.ranks.guarded("physics", lambda: self.session.reject_impossible(case, seconds, size))
         facts |= {"strategy": trial.form.strategy, "form": trial.form.name, **trial.plan.options}

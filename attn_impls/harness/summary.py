@@ -65,7 +65,7 @@ def _two_baselines(rows: list[Benchmark]) -> Iterable[Line]:
     """Where SDPA took another time beside the others than in its own row, by more than two medians may differ."""
     alone = next((b["stats"]["median"] for b in rows if b["extra_info"]["implementation"] == "sdpa"), None)
     beside = [b["extra_info"]["sdpa_s"] for b in rows if b["extra_info"].get("sdpa_s")]
-    if alone and beside and abs(statistics.median(beside) / alone - 1) > CLOSE:
+    if alone and beside and rows[0]["extra_info"].get("timer") == "device" and abs(statistics.median(beside) / alone - 1) > CLOSE:
         unit, factor = _unit(alone)
         least, most = (significant(factor * seconds) for seconds in (min(beside), max(beside)))
         others = least if least == most else f"{least} to {most}"

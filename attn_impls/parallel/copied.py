@@ -58,10 +58,14 @@ class GatherCopied(Gather):
 
     @property
     def options(self) -> dict[str, Any]:
-        spread = self.spread
-        chunks, streams = list(spread.overlap_chunks), list(spread.overlap_streams)
-        overlap = {"overlap_chunks": chunks, "overlap_along": spread.overlap_along, "overlap_streams": streams}
-        return super().options | overlap
+        chunks, streams = list(self.spread.overlap_chunks), list(self.streams)
+        return super().options | {"overlap_chunks": chunks, "overlap_along": self.along, "overlap_streams": streams}
+
+    @property
+    def streams(self) -> tuple[int, int]:
+        """How many streams compute, and how many push."""
+        computing, pushing = self.spread.overlap_streams
+        return computing if self.spread.implementation.concurrent else 1, pushing
 
     def chunk_weights(self) -> tuple[int, ...]:
         return self.spread.overlap_chunks if self.along == "heads" else (1,)
@@ -74,8 +78,7 @@ class GatherCopied(Gather):
 
     def build_kernels(self) -> list[Kernel]:
         """One a chunk where several streams compute: a kernel may own a workspace or a handle, for one call at a time."""
-        computing = self.spread.overlap_streams[0]
-        return super().build_kernels() if computing == 1 else [self.spread.build(w) for w in self.locals]
+        return super().build_kernels() if self.streams[0] == 1 else [self.spread.build(w) for w in self.locals]
 
     def keys(self, rows: range) -> int:
         """How many keys, from the first, a chunk of query rows may see."""
@@ -101,7 +104,7 @@ class GatherCopied(Gather):
         super().connect()
         p, spread = self.partition, self.spread
         shape = p.padded.shapes(spread.layout)["out"]
-        self.peers = self.peers_of(shape, p.padded.dtype, spread.rank, spread.size, spread.overlap_streams)
+        self.peers = self.peers_of(shape, p.padded.dtype, spread.rank, spread.size, self.streams)
 
     def place(self, full: torch.Tensor, chunk: int) -> torch.Tensor:
         """Where a chunk of this rank's goes in an output."""

@@ -31,6 +31,10 @@ class Peers:
         """Raise Unsupported where this rank cannot reach the others' memory."""
         if device != "cuda":
             raise Unsupported("copy engines and symmetric memory are a GPU's")
+        from torch.distributed import _symmetric_memory as symmetric
+
+        if not (hasattr(symmetric, "empty") and hasattr(symmetric, "rendezvous")):
+            raise Unsupported(f"symmetric memory needs torch 2.6 or newer, this is {torch.__version__}")
         mine, count = torch.cuda.current_device(), torch.cuda.device_count()
         if count < size:
             raise Unsupported(f"copies reach the GPUs of one machine: this one has {count} for {size} ranks")
