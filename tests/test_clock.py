@@ -453,9 +453,10 @@ def test_on_a_cpu_a_call_costs_itself_and_is_not_made_again():
     assert now.calls == 0
 
 
-def test_each_case_starts_with_the_short_spin():
-    gpu = FakeGpu()
-    clock = DeviceClock(gpu)
+@pytest.mark.parametrize("kernel", [None, 0.0])
+def test_each_case_starts_with_the_short_spin(kernel):
+    gpu = FakeGpu(launch=0.4 * FIRST_SPIN)  # so slow a host that calibrating needs a longer one
+    clock = DeviceClock(gpu, kernel=kernel)
     sample(clock, gpu.item)
     assert clock.cycles == MAX_CYCLES
     clock.reset()

@@ -140,8 +140,7 @@ class DeviceClock:
 
         One 5.5 µs kernel has read 1 µs more behind some brackets than behind others, in one session.
         """
-        self.cycles = FIRST_CYCLES
-        self._needed.clear()
+        self._forget_the_host()
         if self.kernel is not None:
             subject, brackets = Subject(partial(self.driver.spin, 0)), []
             for _ in range(CALIBRATING_ROUNDS):
@@ -149,7 +148,11 @@ class DeviceClock:
                 self.sample(subject)
                 brackets.append(self._own + self.overhead)
             self.overhead = max(0.0, statistics.median(brackets) - self.kernel)
-            self._needed.clear()
+            self._forget_the_host()
+
+    def _forget_the_host(self) -> None:
+        self.cycles = FIRST_CYCLES
+        self._needed.clear()
 
     def quiet(self) -> None:
         """Make the L2 cold and wait for the device."""
