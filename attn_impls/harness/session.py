@@ -194,11 +194,11 @@ class Session:
         with _nothing_saved_unless_whole(benchmark), _inputs_whole_for_the_next(problem, layout):
             with guard(case, "kernel"):
                 timing = measure.run(benchmark, self.clock, call, baseline, self.selection.rounds, self.selection.warmup_rounds)
-                facts = measure.facts(timing, self.clock)
+            facts: dict[str, Any] = {}
             if benchmark.enabled:
                 self.reject_impossible(case, timing.median)
                 with guard(case, "kernel"):
-                    facts |= measure.cost(call, self.clock, timing.median)
+                    facts = measure.facts(timing, self.clock) | measure.cost(call, self.clock, timing.median)
                     facts["kernels"] = profile.kernel_names(call, self.device)
             if complaint := problem.changed(layout):
                 raise CaseFailed(f"{name} {complaint} while it was timed")
