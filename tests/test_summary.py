@@ -358,3 +358,10 @@ def test_an_sdpa_that_is_another_beside_the_others_is_told(beside, said):
     told = [line for line in texts(rows) if "beside the others" in line]
     shown = f"{1e3 * beside:.3g}"
     assert told == [f"  sdpa took {shown} ms beside the others, to which they are compared, and 1.62 alone"] * said
+
+
+def test_on_a_cpu_it_is_told_where_it_is_much():
+    def rows(beside):
+        return [saved_on_cpu("sdpa", 1e-3, vs_sdpa=1.0), saved_on_cpu("one", 2e-3, sdpa_s=beside)]
+
+    assert ["beside the others" in " ".join(texts(rows(beside))) for beside in (1.05e-3, 1.5e-3, 0.8e-3)] == [False, True, True]

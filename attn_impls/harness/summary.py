@@ -14,7 +14,7 @@ from .case import group
 
 Benchmark = dict[str, Any]  # pytest-benchmark's dict of one case
 MARKS = (("host_bound", " !"), ("sm_clock_unsteady", " ~"), ("approximate", " ≈"), ("resumed", " ↺"))
-CLOSE = 0.03  # two medians of one process nearer than this are not told apart
+CLOSE, CLOSE_ON_CPU = 0.03, 0.1  # two medians of one process nearer than this are not told apart
 MIN_KERNEL_WIDTH = 14  # columns below which a kernel's name says nothing
 
 
@@ -65,7 +65,8 @@ def _two_baselines(rows: list[Benchmark]) -> Iterable[Line]:
     """Where SDPA took another time beside the others than in its own row, by more than two medians may differ."""
     alone = next((b["stats"]["median"] for b in rows if b["extra_info"]["implementation"] == "sdpa"), None)
     beside = [b["extra_info"]["sdpa_s"] for b in rows if b["extra_info"].get("sdpa_s")]
-    if alone and beside and rows[0]["extra_info"].get("timer") == "device" and abs(statistics.median(beside) / alone - 1) > CLOSE:
+    enough = CLOSE if rows[0]["extra_info"].get("timer") == "device" else CLOSE_ON_CPU
+    if alone and beside and abs(statistics.median(beside) / alone - 1) > enough:
         unit, factor = _unit(alone)
         least, most = (significant(factor * seconds) for seconds in (min(beside), max(beside)))
         others = least if least == most else f"{least} to {most}"
