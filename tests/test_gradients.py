@@ -79,7 +79,7 @@ def test_honest_kernels_pass(name, dtype):
         assert not verdict.failure, w
         assert set(verdict.by_gradient) == {"dq", "dk", "dv"}
         assert max(verdict.by_gradient.values()) == verdict.error_over_budget
-    assert tried >= 5
+    assert tried >= 4  # 5, and 4 with torch 2.5
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
