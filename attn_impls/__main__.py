@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .harness import compare, environment, gate, journal, matrix, mutation, summary
-from .harness.case import group
 from .harness.report import command as report
 from .presets import PRESETS
 from .registry import DEVICES, discover
@@ -69,12 +68,9 @@ def _show(given: argparse.Namespace) -> None:
 def _table(ours: list[summary.Benchmark], cells: list[dict[str, str]], info: dict[str, Any]) -> list[summary.Line]:
     """What ended the run. cells: its document's "not_run", as Session.not_run has them."""
     machine, width = environment.describe(info, {}), shutil.get_terminal_size().columns
-    told = [(cell["workload"], cell.get("direction", "forward"), cell["implementation"], cell) for cell in cells]
     if ours and "form" in ours[0]["extra_info"]:
-        empty = {(workload, direction, cell["form"], name): cell["reason"] for workload, direction, name, cell in told}
-        return matrix.render(ours, empty, [*machine, matrix.describe(info)], width)
-    missing = {(group(workload, direction), name): cell["reason"] for workload, direction, name, cell in told}
-    return summary.render(ours, missing, machine, width)
+        return matrix.render(ours, matrix.reasons(cells), [*machine, matrix.describe(info)], width)
+    return summary.render(ours, summary.reasons(cells), machine, width)
 
 
 def _list(given: argparse.Namespace) -> None:  # noqa: ARG001  (the commands share a signature)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_gpu import FIRST_SPIN, KERNEL, FakeGpu
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import backward, gradients
@@ -228,8 +229,6 @@ def test_gradients_alone_use_up_forward_passes_made_before():
 
 
 def test_a_round_measured_again_gets_forward_passes_of_its_own(monkeypatch):
-    from test_clock import FIRST_SPIN, KERNEL, FakeGpu
-
     w, gpu = WORKLOADS[3], FakeGpu()
     kernel = Counted(w)
     call = backward.Backward(kernel, plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0))

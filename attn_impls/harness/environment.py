@@ -14,7 +14,6 @@ from ..registry import Implementation
 
 # what names the host, or changes from run to run: pytest-benchmark would store it and then warn that it differs
 VOLATILE = ("node", "release")
-_max_sm_mhz = 0.0
 VOLATILE_CPU = ("hz_actual", "hz_actual_friendly", "flags")
 
 
@@ -95,6 +94,9 @@ def device_bytes(device: str) -> int:
     with contextlib.suppress(OSError, ValueError):  # a container may have less; "max" is no number
         there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return there
+
+
+_max_sm_mhz = 0.0
 
 
 def max_sm_mhz() -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -140,15 +141,17 @@ class Problem:
         return self._natives[layout]
 
     def changed(self, layout: str) -> str:
-        """The input that the calls in this layout have changed, "" if none; `native` makes them anew."""
-        complaint = _complaint(None, self.plain, self.native(layout), layout)
-        if complaint:
-            self.forget(layout)
-        return complaint
+        """What the calls in this layout have done to their inputs, "" if nothing."""
+        return _complaint(None, self.plain, self.native(layout), layout)
 
-    def forget(self, layout: str) -> None:
-        """Make the inputs in this layout anew, for whoever is next: a call that failed may have changed them."""
-        self._natives.pop(layout, None)
+    @contextmanager
+    def handing_out(self, layout: str) -> Iterator[None]:
+        """After any failure, make the inputs in this layout anew for whoever is next: a call may have changed them."""
+        try:
+            yield
+        except BaseException:
+            self._natives.pop(layout, None)
+            raise
 
     @cached_property
     def gradient_heads(self) -> dict[str, list[int]]:

@@ -15,12 +15,16 @@ def write(reporter: Any, session: Any) -> None:
     results, cells = session.spreads.results, session.not_run
     if not results and not cells:
         return
-    not_run = {(c["workload"], c["direction"], c["form"], c["implementation"]): c["reason"] for c in cells}
     info = session.machine_info | topology.facts(session.ranks)
     machine = [*environment.describe(info, session.state), describe(info)]
     reporter.section(f"attention on {session.ranks.size} ranks", "=", bold=True)
-    for line in render(results, not_run, machine, session.config.get_terminal_writer().fullwidth):
+    for line in render(results, reasons(cells), machine, session.config.get_terminal_writer().fullwidth):
         reporter.write_line(line.text, **line.style)
+
+
+def reasons(cells: Iterable[dict[str, str]]) -> dict[tuple[str, str, str, str], str]:
+    """What `render` takes as not_run, of a document's "not_run"."""
+    return {(c["workload"], c.get("direction", "forward"), c["form"], c["implementation"]): c["reason"] for c in cells}
 
 
 def describe(info: dict[str, Any]) -> str:

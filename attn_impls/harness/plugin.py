@@ -227,6 +227,6 @@ def write_summary(reporter: Any, config: pytest.Config) -> None:
     if session.selection.cpu_rule:
         machine.append(f"CPU-sized presets: {session.selection.cpu_rule}")
     reporter.section("attention", "=", bold=True)
-    missing = {(group(c["workload"], c["direction"]), c["implementation"]): c["reason"] for c in session.not_run}
+    missing = summary.reasons(session.not_run)
     for line in summary.render(session.results, missing, machine, config.get_terminal_writer().fullwidth):
         reporter.write_line(line.text, **line.style)

@@ -130,9 +130,11 @@ def answer(asked: Probe, implementation: Implementation, device: str) -> str:
     return f"wrong: {int(wrong.sum())} of {wrong.numel()} values, at {list(first)} {out[first]:.4g} for {right[first]:.4g}"
 
 
-def unasked() -> dict[str, str]:
-    """The answers of an implementation whose kernels take too long to compile."""
-    return dict.fromkeys((asked.name for asked in PROBES), "not asked: slow to build")
+def ask(implementation: Implementation, device: str, build_seconds: float) -> dict[str, str]:
+    """The answers before a first timing, in a hurry; none of an implementation whose case took longer than TOO_SLOW to build."""
+    if build_seconds > TOO_SLOW:
+        return dict.fromkeys((asked.name for asked in PROBES), "not asked: slow to build")
+    return probe(implementation, device, hurry=True)
 
 
 def brief(answers: dict[str, str]) -> str:

@@ -181,17 +181,15 @@ class Session:
             if verdict.disqualified:
                 raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
         name, layout = case.implementation.name, case.implementation.layout
-        if name not in self._probed and build_seconds > probes.TOO_SLOW:
-            self._probed[name] = probes.unasked()
         if name not in self._probed:
-            self._probed[name] = probes.probe(case.implementation, self.device, hurry=True)
+            self._probed[name] = probes.ask(case.implementation, self.device, build_seconds)
             kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
         answers = self._probed[name]
         if objection := probes.objection(answers, case.workload):
             raise CaseFailed(f"{name} {objection}; it is not timed")
         call = problem.call(case, kernel)
         baseline = None if sdpa_is_wrong else self._baseline(case, problem)
-        with _nothing_saved_unless_whole(benchmark), _inputs_whole_for_the_next(problem, layout):
+        with _nothing_saved_unless_whole(benchmark), problem.handing_out(layout):
             with guard(case, "kernel"):
                 timing = measure.run(benchmark, self.clock, call, baseline, self.selection.rounds, self.selection.warmup_rounds)
             facts: dict[str, Any] = {}
@@ -289,14 +287,4 @@ def _nothing_saved_unless_whole(benchmark: Any) -> Iterator[None]:
         yield
     except BaseException:
         benchmark.has_error = True
-        raise
-
-
-@contextlib.contextmanager
-def _inputs_whole_for_the_next(problem: Problem, layout: str) -> Iterator[None]:
-    """After any failure, do not hand on the tensors that its calls were given."""
-    try:
-        yield
-    except BaseException:
-        problem.forget(layout)
         raise

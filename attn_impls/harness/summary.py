@@ -48,6 +48,11 @@ def render(benchmarks: list[Benchmark], not_run: dict[tuple[str, str], str], mac
     return [Line(part, line.style) for line in lines for part in wrapped(line.text, width)]
 
 
+def reasons(cells: Iterable[dict[str, str]]) -> dict[tuple[str, str], str]:
+    """What `render` takes as not_run, of a document's "not_run"."""
+    return {(group(c["workload"], c.get("direction", "forward")), c["implementation"]): c["reason"] for c in cells}
+
+
 def wrapped(text: str, width: int) -> list[str]:
     return [text] if len(text) <= width else textwrap.wrap(text, width, subsequent_indent="    ")
 
