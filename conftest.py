@@ -71,6 +71,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     plugin.modify_items(config, items)
 
 
+def pytest_collection_finish() -> None:
+    plugin.collection_finished()
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return plugin.report_header(config)
 

@@ -25,6 +25,7 @@ WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
 def configure(config: pytest.Config) -> None:
     """Resolve the options; every usage error is raised here, before anything runs or is written."""
     gc.freeze()  # torch's modules stay as long as the run: no collection need go through them
+    gc.disable()  # nor through thousands of tests while they are made
     ranks = rank_start.meet(config)
     workers.refuse_benchmarks(config)
     selected = rank_start.agreed(ranks, lambda: selection.resolve(options.read_options(config)))
@@ -45,16 +46,18 @@ def session_of(config: pytest.Config) -> Session:
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
     """Workload × implementation, workload outermost, ids as in test_forward[<workload>-<implementation>]."""
-    selected = session_of(metafunc.config).selection
+    session = session_of(metafunc.config)
+    selected, marker = session.selection, metafunc.definition.get_closest_marker("distributed")
+    # without ranks the distributed tests are left out: one of each stands for the thousands that need not be made
+    made = slice(1) if marker and not session.ranks else slice(None)
     if "workload" in metafunc.fixturenames:
-        metafunc.parametrize("workload", selected.workloads, ids=str, indirect=True, scope="module")
+        metafunc.parametrize("workload", selected.workloads[made], ids=str, indirect=True, scope="module")
     if "form" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("distributed")
         assert marker, "a test over forms is distributed, and its marker names the strategy"
-        metafunc.parametrize("form", selected.forms[marker.kwargs["strategy"]], ids=lambda form: form.name)
+        metafunc.parametrize("form", selected.forms[marker.kwargs["strategy"]][made], ids=lambda form: form.name)
     if "implementation" in metafunc.fixturenames:
-        ids = [implementation.name for implementation in selected.implementations]
-        metafunc.parametrize("implementation", selected.implementations, ids=ids, indirect=True)
+        implementations = selected.implementations[made]
+        metafunc.parametrize("implementation", implementations, ids=[one.name for one in implementations], indirect=True)
 
 
 def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -73,6 +76,10 @@ def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=workers.REASON))
         elif case := _case_of(item):
             item.add_marker(pytest.mark.benchmark(group=case[0], timer=_Timer(session)))
+
+
+def collection_finished() -> None:
+    gc.enable()
 
 
 class _Timer:

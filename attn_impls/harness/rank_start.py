@@ -128,15 +128,15 @@ class WithoutTorchrun:
     """Leaves the distributed tests out, and says how to run them."""
 
     def __init__(self) -> None:
-        self.left_out = 0
+        self.left_out = False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         gone = [item for item in items if item.get_closest_marker("distributed")]
-        self.left_out = len(gone)
+        self.left_out = bool(gone)
         if gone:
             config.hook.pytest_deselected(items=gone)
             items[:] = [item for item in items if not item.get_closest_marker("distributed")]
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.left_out:
-            terminalreporter.write_line(f"{self.left_out} distributed tests left out; run them with: {HOW}")
+            terminalreporter.write_line(f"distributed tests are left out; run them with: {HOW}")
