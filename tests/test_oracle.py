@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import inputs, oracle
+from attn_impls.harness.approximate import loosened
 from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.judge import Problem
 from attn_impls.registry import REGISTRY, Implementation
@@ -150,6 +152,27 @@ def test_chunks_change_nothing(monkeypatch, text):
     torch.testing.assert_close(chunked.out, whole.out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked.norm, whole.norm, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked.budget, whole.budget, rtol=0.5, atol=0)  # products of other shapes may round otherwise
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes, in elements."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        owned = isinstance(made, torch.Tensor) and made._base is None
+        self.numel = max(self.numel, made.untyped_storage().nbytes() // made.element_size() if owned else 0)
+        return made
+
+
+@pytest.mark.parametrize("approximate", [False, "int8"])
+def test_a_kv_head_is_not_copied_for_each_query_head_of_its_group(approximate):
+    w = Workload.parse("b2-h32kv1-q1kv512-d64-causal-bf16")
+    x = inputs.plain(w, "cpu", 0)
+    with Largest() as largest:
+        loosened(w, x, oracle.reference(w, x), approximate)
+    assert 0 < largest.numel < 4 * x.k.numel()
 
 
 # Honest kernels and mutants, on every workload in every dtype

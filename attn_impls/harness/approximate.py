@@ -10,7 +10,7 @@ import torch
 
 from ..workload import Workload
 from .inputs import Inputs
-from .oracle import TOLERANCE, Reference, chunks, empty, moved, stretches
+from .oracle import TOLERANCE, Reference, chunks, empty, moved, of_group, stretches
 
 
 class Arithmetic(NamedTuple):
@@ -77,7 +77,7 @@ def _quantised(
         chunks(w, rounded, known.rows, torch.float64, "scores"),
         strict=True,
     ):
-        variance = (of_q[where] @ of_k[where[0]].mT) * w.scale**2
+        variance = of_group(of_q[where], of_k[where[0]].mT) * w.scale**2
         if w.softcap:  # the cap's slope
             variance *= (1 - (scores / w.softcap).square()).square()
         spread = weights.square() * variance
@@ -86,9 +86,10 @@ def _quantised(
         deciding[where] = (several - 1).clamp(1, w.head_dim)  # weights sum to one, so of two scores one difference counts
         largest = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         of_p = _variance(weights / largest, declared.pv) * largest.square()
-        squares += (of_p @ values.square().sum(-1, keepdim=True) + weights.square() @ of_v[where[0]])[..., 0]
+        squares += of_group(of_p, values.square().sum(-1, keepdim=True))[..., 0]
+        squares += of_group(weights.square(), of_v[where[0]])[..., 0]
         sigma[where] = squares.clamp(min=0).sqrt()
-        outs[where] = (_rounded(coarse / largest, declared.pv) * largest) @ _rounded(values, declared.pv)
+        outs[where] = of_group(_rounded(coarse / largest, declared.pv) * largest, _rounded(values, declared.pv))
     shape = known.norm.shape
     return sigma.reshape(shape), deciding.reshape(shape), outs.reshape(known.out.shape)
 

@@ -127,7 +127,7 @@ def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.
     """Attention written plainly in a dtype, for all query rows or some, [B, H, R, DV]. Rows that see no key are 0."""
     out = empty(w, inputs, rows, dtype)
     for where, _, weights, v in chunks(w, inputs, rows, dtype, scaled):
-        out[where] = weights @ v
+        out[where] = of_group(weights, v)
     return out.reshape(w.batch, w.heads, -1, w.v_head_dim)
 
 
@@ -146,7 +146,7 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
     outs = empty(w, inputs, rows, torch.float64)
     roundings = torch.empty_like(outs[..., 0])
     for where, scores, weights, v in chunks(w, inputs, rows, torch.float64, "scores"):
-        out = weights @ v  # [n, G, R, DV]
+        out = of_group(weights, v)
         spread = weights.square() * (score_error(w, scores) + 1 / 3)
         squares = moved(spread, v, out)
         outs[where] = out
@@ -158,8 +158,13 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
 def moved(spread: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Σ over keys of spread·‖v − out‖², [n, G, R], for spread [n, G, R, Skv], v [n, 1, Skv, DV] and out [n, G, R, DV]."""
     basis = torch.cat([v, v.square().sum(-1, keepdim=True), torch.ones_like(v[..., :1])], -1).float()
-    sums = (spread.float() @ basis).double()  # of v, of |v|² and of 1, weighted
+    sums = of_group(spread.float(), basis).double()  # of v, of |v|² and of 1, weighted
     return sums[..., -2] - 2 * (sums[..., :-2] * out).sum(-1) + sums[..., -1] * out.square().sum(-1)
+
+
+def of_group(heads: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """heads [n, G, r, K] @ shared [n, 1, K, D], without the copy of `shared` for each of the G heads that `@` makes."""
+    return (heads.flatten(1, 2) @ shared[:, 0]).unflatten(1, heads.shape[1:3])
 
 
 def chunks(
@@ -179,7 +184,7 @@ def chunks(
         mask = w.mask(q.device, rows[part])
         for head in range(0, len(q), max(1, fit // length)):
             chunk = slice(head, head + max(1, fit // length))
-            scores = (q[chunk, :, part].to(dtype) * before) @ (k[chunk].to(dtype) * before).transpose(-2, -1) * after
+            scores = of_group(q[chunk, :, part].to(dtype) * before, (k[chunk].to(dtype) * before).mT) * after
             if w.softcap:
                 scores = torch.tanh(scores / w.softcap) * w.softcap
             weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, float("-inf")), -1)
