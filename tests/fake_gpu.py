@@ -53,7 +53,7 @@ class FakeGpu:
     @property
     def spins(self):
         """The cycles of each spin that a call was enqueued behind."""
-        return [entry[1] for entry in self.log if entry[0] == "spin" and entry[1] != LEAD_CYCLES]
+        return [entry[1] for entry in self.log if entry[0] == "spin" and entry[1] not in (0, LEAD_CYCLES)]
 
     def synchronize(self):
         self.host = max(self.host, self.drained)

@@ -23,7 +23,9 @@ TIGHT = 0.5  # of the spin is what the host may use in a usual round
 # The spin fits all but the longest of the recent rounds, fewer than a fifth of them: in those the host stalled, and those of
 # them that were late are measured again, which costs less than long spins for all.
 RECENT, USUAL = 15, 0.8
-CALIBRATING_ROUNDS = 20
+# Behind a flushed L2, one kernel launch in four of a process begins 0.9 µs later (H100s, torch 2.11). A round of a multiple of
+# four launches would meet that always or never; up to six empty ones before it spread it evenly enough for a median.
+PHASES = 7
 CPU_ROUND_SECONDS = 1e-3
 
 
@@ -112,21 +114,19 @@ class DeviceClock:
         empty_spin: float = 0.0,
         agree: Callable[[float, bool, float], tuple[float, bool, float]] = alone,
         align: Callable[[], None] | None = None,
-        kernel: float | None = None,
     ):
         """overhead: what a bracket adds to its kernel; empty_spin: what a bracket reads beside a spin's cycles.
 
-        kernel: the seconds of an empty spin's kernel, for `reset` to tell the overhead anew. align: enqueues, behind the
-        spin, what makes the devices of several ranks start together.
+        align: enqueues, behind the spin, what makes the devices of several ranks start together.
         """
-        self.driver, self.overhead, self.empty_spin, self.agree = driver, overhead, empty_spin, agree
-        self.align, self.kernel = align, kernel
+        self.driver, self.overhead, self.empty_spin = driver, overhead, empty_spin
+        self.agree, self.align = agree, align
         self.now = 0.0
         self.cycles = FIRST_CYCLES
         self.retries = 0
+        self._prepared = 0
         self._needed: deque[float] = deque(maxlen=RECENT)  # by the host in each round, in cycles of the spin
         self._spun_at = 0.0
-        self._own = 0.0  # seconds of the last round, on this rank
         self._cycle = 1 / 2e9  # seconds, by the last spin that was measured
         self._gapless = True  # the spin was there before its lead ended, so that the event between them is its beginning
         self._before, self._start, self._stop = driver.event(), driver.event(), driver.event()
@@ -136,21 +136,7 @@ class DeviceClock:
         return self.now
 
     def reset(self) -> None:
-        """Start another case: with the short spin again, whatever the last one needed, and with the overhead as it is now.
-
-        One 5.5 µs kernel has read 1 µs more behind some brackets than behind others, in one session.
-        """
-        self._forget_the_host()
-        if self.kernel is not None:
-            subject, brackets = Subject(partial(self.driver.spin, 0)), []
-            for _ in range(CALIBRATING_ROUNDS):
-                self.prepare(subject)
-                self.sample(subject)
-                brackets.append(self._own + self.overhead)
-            self.overhead = max(0.0, statistics.median(brackets) - self.kernel)
-            self._forget_the_host()
-
-    def _forget_the_host(self) -> None:
+        """Start another case: with the short spin again, whatever the last one needed."""
         self.cycles = FIRST_CYCLES
         self._needed.clear()
 
@@ -163,6 +149,9 @@ class DeviceClock:
         """Make the call ready and the device quiet, then let it spin while the caller enqueues."""
         make_ready(subject.call)
         self.quiet()
+        for _ in range(self._prepared % PHASES):
+            self.driver.spin(0)
+        self._prepared += 1
         began = self.driver.host_time()
         self.driver.spin(LEAD_CYCLES)
         self._before.record()
@@ -187,8 +176,8 @@ class DeviceClock:
             self._stop.synchronize()
             if self._gapless:
                 self._cycle = (self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin) / spun
-            self._own = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
-            seconds, late, share = self.agree(self._own, late, used / (spun * self._cycle))
+            elapsed = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
+            seconds, late, share = self.agree(elapsed, late, used / (spun * self._cycle))
             self._fit_spin(share * spun)
             if not late or spun >= MAX_CYCLES:
                 break
@@ -203,9 +192,7 @@ class DeviceClock:
         """Choose the next round's spin by what the host has needed of late."""
         self._needed.append(needed)
         usual = sorted(self._needed)[int(USUAL * len(self._needed))]
-        self.cycles = FIRST_CYCLES
-        while usual > TIGHT * self.cycles and self.cycles < MAX_CYCLES:
-            self.cycles = min(2 * self.cycles, MAX_CYCLES)
+        self.cycles = round(min(max(FIRST_CYCLES, usual / TIGHT), MAX_CYCLES))
 
 
 class HostClock:
@@ -269,7 +256,6 @@ class Overhead(NamedTuple):
     seconds: float
     empty_spin: float
     source: str
-    kernel: float | None = None  # the seconds of an empty spin, by the profiler
 
 
 def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overhead:
@@ -283,4 +269,4 @@ def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overh
     if kernel is None:
         empty = median_seconds(clock, lambda: None, rounds=50)
         return Overhead(empty, beside, "empty bracket: the profiler gave no kernel times")
-    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI", kernel)
+    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI")

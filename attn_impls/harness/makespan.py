@@ -38,9 +38,7 @@ def clock(ranks: Ranks, driver: CudaDriver | None, overhead: Callable[[], Overhe
     if driver is None:
         return HostClock(agree=Makespan(ranks), align=ranks.align)
     one, found = torch.ones(1, device="cuda"), overhead()
-    known = None not in ranks.exchange(found.kernel)  # all ranks calibrate anew, or none does: its rounds are made together
-    kernel = found.kernel if known else None
-    return DeviceClock(driver, found.seconds, found.empty_spin, Makespan(ranks), lambda: _all_reduce(one), kernel)
+    return DeviceClock(driver, found.seconds, found.empty_spin, Makespan(ranks), lambda: _all_reduce(one))
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:

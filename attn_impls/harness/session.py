@@ -51,7 +51,7 @@ class Session:
             return makespan.clock(self.ranks, self._driver if self.device == "cuda" else None, lambda: self.overhead)
         if self.device == "cpu":
             return HostClock()
-        return DeviceClock(self._driver, self.overhead.seconds, self.overhead.empty_spin, kernel=self.overhead.kernel)
+        return DeviceClock(self._driver, self.overhead.seconds, self.overhead.empty_spin)
 
     def read_timer(self) -> float:
         """pytest-benchmark's timer: the clock, or the rounds of a case that an earlier run has finished."""
