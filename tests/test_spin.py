@@ -10,7 +10,7 @@ from fake_gpu import FIRST_SPIN, KERNEL, MHZ, FakeGpu, sample
 from attn_impls.harness import measure
 from attn_impls.harness.clock import FIRST_CYCLES, LEAD_CYCLES, MAX_CYCLES, RECENT, DeviceClock, Subject
 
-ATTEMPTS_TO_CAP = 6  # each but the last behind a spin of a little more than twice the one before
+ATTEMPTS_TO_CAP = 10
 
 
 def twice(spins):

@@ -18,7 +18,7 @@ import torch
 
 LEAD_CYCLES = 120_000  # keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
 FIRST_CYCLES = 200_000  # about 0.1 ms
-MAX_CYCLES = 8_000_000  # about 4 ms: past this, the call waits for the device itself
+MAX_CYCLES = 32_000_000  # about 16 ms: past this, the call waits for the device itself
 TIGHT = 0.5  # of the spin is what the host may use in a usual round
 # The spin fits all but the longest of the recent rounds, fewer than a fifth of them: in those the host stalled, and those of
 # them that were late are measured again, which costs less than long spins for all.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .clock import CPU_ROUND_SECONDS, MAX_CYCLES, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
+from .clock import CPU_ROUND_SECONDS, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
 
 ROUND_BUDGET_SECONDS = 2.0
 MAX_ROUNDS = 100
@@ -21,6 +21,7 @@ MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions
 WARMUP_SECONDS = 0.2
 MIN_WARMUP, MAX_WARMUP = 3, 10
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
+ENQUEUE_CYCLES = 8_000_000  # about 4 ms, in which the host enqueues ten calls
 THROTTLED = 0.95  # p5 of the SM clock below this share of its median
 
 
@@ -167,7 +168,7 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
         batch = min(step, calls - first)
         make_ready(call, batch)
         clock.quiet()
-        clock.driver.spin(MAX_CYCLES)
+        clock.driver.spin(ENQUEUE_CYCLES)
         for _ in range(batch):
             started = clock.driver.host_time()
             call()

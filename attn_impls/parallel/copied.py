@@ -105,6 +105,7 @@ class GatherCopied(Gather):
         p, spread = self.partition, self.spread
         shape = p.padded.shapes(spread.layout)["out"]
         self.peers = self.peers_of(shape, p.padded.dtype, spread.rank, spread.size, self.streams)
+        self.places = [[self.place(full, chunk) for full in self.peers.outputs] for chunk in range(len(self.kernels))]
 
     def place(self, full: torch.Tensor, chunk: int) -> torch.Tensor:
         """Where a chunk of this rank's goes in an output."""
@@ -115,9 +116,9 @@ class GatherCopied(Gather):
     def __call__(self, share: list[Share]) -> torch.Tensor:
         peers = self.peers
         peers.enter()
-        for chunk, (kernel, tensors) in enumerate(zip(self.kernels, share, strict=True)):
+        for chunk, (kernel, tensors, places) in enumerate(zip(self.kernels, share, self.places, strict=True)):
             with peers.computing(chunk):
-                peers.push(kernel(*tensors), [self.place(full, chunk) for full in peers.outputs])
+                peers.push(kernel(*tensors), places)
         peers.leave()
         return self.without_padding(peers.outputs[self.spread.rank])
 

@@ -41,7 +41,7 @@ class Peers:
         barred = [n for n in range(size) if n != mine and not torch.cuda.can_device_access_peer(mine, n)]
         if barred:
             raise Unsupported(f"GPU {mine} cannot reach the memory of GPU {', '.join(map(str, barred))} (no peer access)")
-        _memcpy_2d()
+        _memcpy()
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int, size: int, streams: tuple[int, ...]):
         """streams: how many compute, and how many push. All ranks call it together."""
@@ -102,8 +102,7 @@ class Peers:
             jobs += [(next(queues), place, piece) for place, piece in pieces]
         for stream, place, piece in jobs:
             stream.wait_event(done)
-            with torch.cuda.stream(stream):
-                copy(place, piece, stream)
+            copy(place, piece, stream)
             out.record_stream(stream)
 
     def leave(self) -> None:
@@ -129,59 +128,51 @@ class Block(NamedTuple):
 
 def blocks(target: torch.Tensor, source: torch.Tensor) -> list[Block]:
     """The fewest such blocks that copy one strided tensor to another of its shape."""
-    target, source = target.squeeze(), source.squeeze()
-    shape, both = target.shape, (target, source)
-    inner, width = target.dim(), 1
-    while inner and all(tensor.stride(inner - 1) == width for tensor in both):
+    return _blocks(target.shape, target.stride(), source.stride())
+
+
+@functools.lru_cache(maxsize=256)  # the same few in every call, whose host time counts
+def _blocks(shape: tuple[int, ...], *strides: tuple[int, ...]) -> list[Block]:
+    kept = [n for n, size in enumerate(shape) if size != 1]
+    shape, both = tuple(shape[n] for n in kept), [[stride[n] for n in kept] for stride in strides]
+    inner, width = len(shape), 1
+    while inner and all(stride[inner - 1] == width for stride in both):
         inner -= 1
         width *= shape[inner]
     outer, rows = inner, 1
-    pitches = [tensor.stride(inner - 1) if inner else width for tensor in both]
-    while outer and all(tensor.stride(outer - 1) == rows * pitch for tensor, pitch in zip(both, pitches, strict=True)):
+    pitches = [stride[inner - 1] if inner else width for stride in both]
+    while outer and all(stride[outer - 1] == rows * pitch for stride, pitch in zip(both, pitches, strict=True)):
         outer -= 1
         rows *= shape[outer]
     starts = itertools.product(*map(range, shape[:outer]))
-    offsets = [
-        [sum(n * stride for n, stride in zip(index, tensor.stride(), strict=False)) for tensor in both] for index in starts
-    ]
+    offsets = [[sum(n * step for n, step in zip(index, stride, strict=False)) for stride in both] for index in starts]
     return [Block(to, from_, pitches[0], pitches[1], width, rows) for to, from_ in offsets]
 
 
 def copy(target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Copy by a copy engine on the current stream, which `stream` is. torch's copy_ runs a kernel where either is strided."""
-    size = target.element_size()
+    """Copy by a copy engine. torch's copy_ runs a kernel where either is strided, and costs the host five times as much."""
+    size, (contiguous, strided) = target.element_size(), _memcpy()
     for block in blocks(target, source):
+        to, from_ = target.data_ptr() + block.target * size, source.data_ptr() + block.source * size
+        width, end = block.width * size, (DEVICE_TO_DEVICE, stream.cuda_stream)
         if block.rows == 1:
-            _run(target, block.target, block.width).copy_(_run(source, block.source, block.width), non_blocking=True)
-            continue
-        error = _memcpy_2d()(
-            target.data_ptr() + block.target * size,
-            block.target_pitch * size,
-            source.data_ptr() + block.source * size,
-            block.source_pitch * size,
-            block.width * size,
-            block.rows,
-            DEVICE_TO_DEVICE,
-            stream.cuda_stream,
-        )
+            error = contiguous(to, from_, width, *end)
+        else:
+            error = strided(to, block.target_pitch * size, from_, block.source_pitch * size, width, block.rows, *end)
         if error:
-            raise RuntimeError(f"cudaMemcpy2DAsync: CUDA error {error}")
-
-
-def _run(tensor: torch.Tensor, first: int, width: int) -> torch.Tensor:
-    """`width` elements of a tensor's memory, from its element at `first`."""
-    return tensor.as_strided((width,), (1,), tensor.storage_offset() + first)
+            raise RuntimeError(f"cudaMemcpyAsync of {block.rows} × {width} bytes: CUDA error {error}")
 
 
 @functools.cache
-def _memcpy_2d() -> Callable[..., int]:
-    """cudaMemcpy2DAsync of the runtime that torch has loaded."""
+def _memcpy() -> tuple[Callable[..., int], Callable[..., int]]:
+    """cudaMemcpyAsync and cudaMemcpy2DAsync of the runtime that torch has loaded."""
     name = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}"
     try:
-        function = ctypes.CDLL(name).cudaMemcpy2DAsync
+        library = ctypes.CDLL(name)
+        contiguous, strided = library.cudaMemcpyAsync, library.cudaMemcpy2DAsync
     except (OSError, AttributeError) as error:
-        raise Unsupported(f"strided copies need {name}: {one_line(error)}") from None
+        raise Unsupported(f"copies by the copy engines need {name}: {one_line(error)}") from None
     pointer, number = ctypes.c_void_p, ctypes.c_size_t
-    function.argtypes = [pointer, number, pointer, number, number, number, ctypes.c_int, pointer]
-    function.restype = ctypes.c_int
-    return function
+    contiguous.argtypes = [pointer, pointer, number, ctypes.c_int, pointer]
+    strided.argtypes = [pointer, number, pointer, number, number, number, ctypes.c_int, pointer]
+    return contiguous, strided
