@@ -72,7 +72,11 @@ WRONG_KERNELS = {
         "must(OSError('late')) if third_round() else right(w)(q, k, v)",
         "raised in its kernel: OSError: late",
     ),
-    "out_of_memory": ("must(torch.OutOfMemoryError('no room'))", "ran out of memory in its kernel"),
+    "out_of_memory": (
+        "must(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 64.00 GiB. GPU 0 has a total capacity of 79.18 GiB"
+        " of which 2.71 GiB is free. Including non-PyTorch memory, this process has 76.46 GiB memory in use.'))",
+        "ran out of memory in its kernel: tried to allocate 64.00 GiB, of 79.18 GiB 2.71 GiB were free",
+    ),
     "exits": ("sys.exit(0)", "raised in its kernel: SystemExit"),
     "recurses": ("(f := lambda: f())()", "raised in its kernel: RecursionError"),
     "unsupported_kernel": ("must(Unsupported('too late'))", "only a builder may raise Unsupported"),

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from ..registry import REGISTRY, Implementation, Kernel, Unsupported, one_line
+from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from . import backward, environment, limits, makespan, measure, probes, profile, resume
-from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, release
+from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, out_of_memory, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .identity import identity
 from .inputs import as_layout
@@ -142,7 +142,7 @@ class Session:
             failure = error
             traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
         except torch.OutOfMemoryError as error:
-            failure = CaseFailed(f"the check of {case.workload} ran out of memory: {one_line(error)}")
+            failure = CaseFailed(f"the check of {case.workload} ran out of memory: {out_of_memory(error)}")
             traceback.clear_frames(error.__traceback__)
         release(self.device, failure)
         if isinstance(failure, Broken):
