@@ -1,10 +1,11 @@
 """The judge itself: the float64 oracle against brute force and SDPA, the budget against honest kernels and mutants, needles."""
 
 import math
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
+import tf32
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -553,6 +554,23 @@ def test_a_right_kernel_passes(problem_of_w, kernel, layout):
     assert verdict.sdpa_over_budget <= 1
     assert verdict.sdpa_error_over_budget <= 1
     assert verdict.bitwise_repeatable
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "b2-h4-s32-d64-fp32",
+        "b2-h3kv1-s45-d64-causal-fp32",
+        "b1-h4kv2-q9kv150-d96v64-causal-win100-fp32",
+        "b1-h2-q50kv25-d256-causal-fp32",
+        "b1-h4-s64-d4-fp32",
+    ],
+)
+def test_float32_on_tensor_cores_is_three_products_of_tf32_not_one(text):
+    w = Workload.parse(text)
+    problem = Problem(w, "cpu", 0)
+    assert judged(problem, partial(tf32.attend, w)).error_over_budget < 0.8
+    assert judged(problem, partial(tf32.attend, w, passes=1)).error_over_budget > 100
 
 
 class Stateful:

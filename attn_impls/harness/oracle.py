@@ -115,12 +115,21 @@ def score_error(w: Workload, scores: torch.Tensor) -> torch.Tensor:
     """The mean square of what rounding does to scores, in squared unit roundoffs of the workload's dtype.
 
     Two roundings (product and scale), three more with a softcap. In float32 the products are added up in the dtype itself:
-    partial sums of D products wander by √D, and march to the score where q points at k.
+    partial sums of D products wander by √D, and march to the score where q points at k. Tensor cores lose what is `truncated`.
     """
     roundings = 5 if w.softcap else 2
     if w.dtype != torch.float32:
         return scores.square() * (roundings / 3)
-    return scores.square() * (roundings / 3 + w.head_dim / 9) + 2 * w.head_dim
+    return scores.square() * (roundings / 3 + w.head_dim / 9 + truncated(w.head_dim) ** 2) + 2 * w.head_dim
+
+
+def truncated(products: int) -> float:
+    """What tensor cores lose of a float32 sum of products, in unit roundoffs of it: toward zero, so it does not average out.
+
+    Three products of TF32 parts stand for one (Ootomo & Yokota, arXiv 2203.03341); the fourth, dropped, is 2 where the parts are
+    truncated. Each step of eight products truncates again, some 2 more, until CUTLASS takes the sum out after 32 to round it.
+    """
+    return 2 + min(products, 32) / 4
 
 
 def attend(w: Workload, inputs: Inputs, rows: torch.Tensor | None, dtype: torch.dtype, scaled: str = "scores") -> torch.Tensor:
@@ -142,13 +151,15 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
 
     With unit roundoff u, a score is off by u·√score_error and a weight p rounded once by u·p/√3 (root mean square); each moves
     the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be lucky; this cannot.
+    In float32 the sum of p·v, too, loses what is `truncated`.
     """
+    shrinks = truncated(w.kv_len) if w.dtype == torch.float32 else 0.0
     outs = empty(w, inputs, rows, torch.float64)
     roundings = torch.empty_like(outs[..., 0])
     for where, scores, weights, v in chunks(w, inputs, rows, torch.float64, "scores"):
         out = of_group(weights, v)
         spread = weights.square() * (score_error(w, scores) + 1 / 3)
-        squares = moved(spread, v, out)
+        squares = moved(spread, v, out) + out.square().sum(-1) * shrinks**2
         outs[where] = out
         roundings[where] = squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2)
     shape = (w.batch, w.heads, -1)
