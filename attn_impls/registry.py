@@ -44,6 +44,7 @@ class Implementation:
     approximate: bool | str = False
     dispatches: bool = False
     concurrent: bool = True
+    slow_build: bool = False
     install: str = ""
     source: str = ""
     broken: str = ""  # why a package that should have registered this could not
@@ -98,6 +99,7 @@ def attention(
     approximate: bool | str = False,
     dispatches: bool = False,
     concurrent: bool = True,
+    slow_build: bool = False,
     install: str = "",
 ) -> Callable[[Callable[[Workload], Kernel]], Implementation]:
     """Register the decorated builder as the implementation `name`.
@@ -106,8 +108,8 @@ def attention(
     of them will do. layout: of q, k, v and out, "bhsd" or "bshd". devices: types it runs on. backward: whether
     autograd works. approximate: low precision inside, marked so and judged by the budget of its own class: "int8" (q·kᵀ of
     int8, p·v of fp16), "fp8" (both of fp8), or True for the looser of them. dispatches: the library chooses among kernels, so
-    what it chose is shown. concurrent: whether several of its kernels may run at once, on streams of their own. install: one line
-    that says how to get it.
+    what it chose is shown. concurrent: whether several of its kernels may run at once, on streams of their own. slow_build: each
+    kind of kernel compiles for minutes, so a benchmark builds none but its case's. install: one line that says how to get it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"implementation {name!r}: layout is {layout!r}, give one of {', '.join(LAYOUTS)}")
@@ -124,7 +126,18 @@ def attention(
         if name in REGISTRY:
             raise ValueError(f"implementation {name!r} is registered twice: in {REGISTRY[name].source} and in {source}")
         REGISTRY[name] = Implementation(
-            name, build, dists, layout, tuple(devices), backward, approximate, dispatches, concurrent, install, source
+            name,
+            build,
+            dists,
+            layout,
+            tuple(devices),
+            backward,
+            approximate,
+            dispatches,
+            concurrent,
+            slow_build,
+            install,
+            source,
         )
         return REGISTRY[name]
 

@@ -122,9 +122,9 @@ def test_an_adapter_costs_nothing(name, suite, capsys):
         pytest.skip(f"{name}: {reason}")
     direct, inputs = DIRECT[name](), plain(W, "cuda", 0).as_layout(implementation.layout)
     calls = (lambda: kernel(*inputs)), (lambda: direct(*inputs))
-    timing = measure.run(Rounds(), suite.clock, *calls, rounds=100)
+    timing = measure.run(Rounds(), suite.clock, *calls, rounds=400)  # FlashAttention 2's vary by 1 % from round to round
     ratio, low, high = measure.paired_ratio(timing)
-    trials = [[1e6 * measure.enqueue_seconds(call, suite.clock, 1e-3) for call in calls] for _ in range(5)]
+    trials = [[1e6 * measure.enqueue_seconds(call, suite.clock, 1e-3) for call in calls] for _ in range(9)]
     host = [min(side) for side in zip(*trials, strict=True)]  # in turn, so that a slow spell of the host meets both
     with capsys.disabled():
         print(

@@ -35,6 +35,7 @@ def register(names: list[str], slowed: bool) -> None:
                 backward=original.backward,
                 approximate=original.approximate,
                 concurrent=original.concurrent,
+                slow_build=original.slow_build,
                 install=original.install,
             )(_builder(original, share if slowed else 0))
 
