@@ -1,9 +1,11 @@
 """The clocks on a fake timeline: what they read, and what they take off."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from fake_gpu import FIRST_SPIN, KERNEL, MHZ, FakeGpu, sample
+from fakes import Rounds
 
 from attn_impls.harness import clock as clocks
 from attn_impls.harness import measure
@@ -68,31 +70,46 @@ def test_the_cache_is_cold_and_the_device_idle_before_every_spin():
     assert gpu.host == pytest.approx(idle + 3 * gpu.launch, rel=1e-9)  # it does not wait for the spin
 
 
-@pytest.mark.parametrize("launches", range(1, 9))
-def test_no_case_meets_the_slow_launch_in_every_round(launches):
-    """One launch in four begins late: rounds of a multiple of four launches would have their call meet it always or never."""
-    gpu, launched, slow = FakeGpu(), [0], 0.9e-6
-    flush, spin = gpu.flush, gpu.spin
+SLOW = 0.9e-6
 
-    def counted(enqueue):
-        def run(*args):
-            launched[0] += 1
-            enqueue(*args)
 
-        return run
+def launching(gpu, launches):
+    """A call of some launches, of which every fourth in the process begins late."""
 
     def call():
         for _ in range(launches):
-            launched[0] += 1
-            gpu.enqueue(KERNEL + slow * (launched[0] % 4 == 0))
+            gpu.launched += 1
+            gpu.enqueue(KERNEL + SLOW * (gpu.launched % 4 == 0))
 
-    gpu.flush, gpu.spin = counted(flush), counted(spin)
-    clock = DeviceClock(gpu)
-    for rounds in (20, 100):
-        hits = [round((sample(clock, call).seconds - launches * KERNEL) / slow) for _ in range(rounds)]
-        few, more = launches // 4, -(-launches // 4)
-        assert set(hits) == {few, more}
-        assert hits.count(more) == pytest.approx(launches % 4 / 4 * rounds, abs=0.2 * rounds) or few == more
+    return call
+
+
+def counting_gpu(start):
+    gpu = FakeGpu()
+    gpu.launched = start
+    flush, spin = gpu.flush, gpu.spin
+
+    def counted(enqueue, *args):
+        gpu.launched += 1
+        enqueue(*args)
+
+    gpu.flush, gpu.spin = partial(counted, flush), partial(counted, spin)
+    return gpu
+
+
+@pytest.mark.parametrize("launches", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("rounds", [20, 100])
+def test_no_case_meets_the_late_launch_in_every_round_nor_in_none(launches, rounds):
+    """Whatever it is timed beside, and wherever the process stands."""
+    few = launches // 4 + (launches % 4 == 3)
+    for partner in (None, *range(1, 8)):
+        for start in range(4):
+            gpu = counting_gpu(start)
+            beside = launching(gpu, partner) if partner else None
+            timing = measure.run(Rounds(), DeviceClock(gpu), launching(gpu, launches), beside, rounds)
+            assert timing.median == pytest.approx(launches * KERNEL + few * SLOW, rel=1e-9)
+            met = {round((one.seconds - launches * KERNEL) / SLOW) for one in timing.samples}
+            assert len(met) == (2 if launches % 4 else 1)
 
 
 def test_only_samples_advance_the_clock():
@@ -152,7 +169,15 @@ def test_an_enqueue_costs_the_host_s_work_whatever_the_kernel_does(work, kernel,
     found = measure.enqueue_seconds(lambda: made.append(gpu.host) or run(), DeviceClock(gpu), kernel)
     assert found == pytest.approx(work + gpu.launch, rel=1e-6)
     assert len(made) == calls
-    assert gpu.spins.count(measure.ENQUEUE_CYCLES) == -(-calls // 10)  # so that no call of a batch finds the device idle
+    spins = 1 + -(-(calls - 1) // 10)  # so that no call of a batch finds the device idle
+    assert gpu.spins.count(measure.ENQUEUE_CYCLES) == spins
+
+
+def test_calls_that_cost_the_host_much_are_not_enqueued_behind_one_spin_together():
+    gpu, made = FakeGpu(), []
+    run = gpu.call(-1.5e-3, KERNEL)
+    assert measure.enqueue_seconds(lambda: made.append(gpu.log.count("flush")) or run(), DeviceClock(gpu), KERNEL) > 1.5e-3
+    assert made == list(range(1, 51))
 
 
 def host_clock(per_call):

@@ -8,14 +8,16 @@ import ctypes
 import dataclasses
 import math
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from sharding import IMPLEMENTATIONS, judged
 
+from attn_impls.parallel import peers
 from attn_impls.parallel.copied import GatherCopied
-from attn_impls.parallel.peers import Peers, blocks
+from attn_impls.parallel.peers import Peers
 
 pytestmark = pytest.mark.distributed(strategy="tensor")
 
@@ -23,6 +25,19 @@ LONG = "b1-h8-s320-d32-causal-fp32"  # three tiles of query rows, the last not w
 BATCHED = "b2-h16kv8-s320-d32-causal-fp32"
 FULL = "b2-h8kv1-q192kv320-d32-fp32"  # one KV head on all ranks
 WINDOW = "b1-h8-q192kv320-d32-causal-win100-fp32"
+
+
+class HostRuntime:
+    """CUDA's copies, made by the host."""
+
+    @staticmethod
+    def cudaMemcpyAsync(to, from_, width, kind, stream):  # noqa: ARG004
+        ctypes.memmove(to, from_, width)
+
+    @staticmethod
+    def cudaMemcpy2DAsync(to, pitch, from_, source_pitch, width, rows, kind, stream):  # noqa: ARG004
+        for row in range(rows):
+            ctypes.memmove(to + row * pitch, from_ + row * source_pitch, width)
 
 
 class FilePeers:
@@ -54,12 +69,10 @@ class FilePeers:
         return contextlib.nullcontext()
 
     def push(self, out, places):
-        size = out.element_size()
-        for place in places:
-            for block in blocks(place, out):
-                for row in range(block.rows):
-                    to = place.data_ptr() + (block.target + row * block.target_pitch) * size
-                    ctypes.memmove(to, out.data_ptr() + (block.source + row * block.source_pitch) * size, block.width * size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(peers, "_runtime", lambda: HostRuntime)
+            for place in places:
+                peers.copy(place, out, SimpleNamespace(cuda_stream=0))
 
     def leave(self):
         dist.barrier()

@@ -10,7 +10,7 @@ from fake_gpu import FIRST_SPIN, KERNEL, MHZ, FakeGpu, sample
 from attn_impls.harness import measure
 from attn_impls.harness.clock import FIRST_CYCLES, LEAD_CYCLES, MAX_CYCLES, RECENT, DeviceClock, Subject
 
-ATTEMPTS_TO_CAP = 10
+ATTEMPTS_TO_CAP = 10  # each spin a little more than twice one before: the last one's, from the sixth on the second last's
 
 
 def twice(spins):

@@ -112,8 +112,13 @@ def validate(case: Case, out: object) -> None:
 
 def out_of_memory(error: torch.OutOfMemoryError) -> str:
     """What torch's allocator says, without its advice: "tried to allocate 64.00 GiB, of 79.18 GiB 2.71 GiB were free"."""
-    told = re.search(r"Tried to allocate (.+?)\. GPU \d+ has a total capacity of (.+?) of which (.+?) is free", str(error))
-    return "tried to allocate {}, of {} {} were free".format(*told.groups()) if told else one_line(error)
+    told = re.search(
+        r"Tried to allocate (.+?)\. GPU \d+ has a total capacity of (.+?) of which (.+?) is free(?:\. (.+?) allowed)?", str(error)
+    )
+    if not told:
+        return one_line(error)
+    size, total, free, allowed = told.groups()
+    return f"tried to allocate {size}, of {total} {free} were free{f' and {allowed} allowed' if allowed else ''}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ TIGHT = 0.5  # of the spin is what the host may use in a usual round
 # them that were late are measured again, which costs less than long spins for all.
 RECENT, USUAL = 15, 0.8
 # Behind a flushed L2, one kernel launch in four of a process begins 0.9 µs later (H100s, torch 2.11). A round of a multiple of
-# four launches would meet that always or never; up to six empty ones before it spread it evenly enough for a median.
+# four launches would meet that always or never. Up to six empty ones before it spread it over 20 rounds or more, so that it does
+# not reach the median of a call of one launch; half the rounds of a call of two have it. (Not with 7 subjects in turn.)
 PHASES = 7
 CPU_ROUND_SECONDS = 1e-3
 

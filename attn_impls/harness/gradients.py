@@ -107,7 +107,8 @@ def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tu
     """The float64 gradients, and to first order the size of the error that the workload's dtype makes in each row.
 
     As for the forward pass, with unit roundoff u: a score is off by u·√score_error, a weight, a dp and a ds rounded once by u/√3
-    of themselves; δ = Σ dout·out of the rounded output by u·‖dout∘out‖. Independent errors add in squares.
+    of themselves; δ = Σ dout·out of the rounded output by u·‖dout∘out‖. Independent errors add in squares. What tensor cores
+    lose of a float32 sum is in the scores alone: BACKWARD_TOLERANCE has room for the others.
     """
     u = torch.finfo(w.dtype).eps / 2
     summed = w.dtype == torch.float32  # products added up in the dtype itself

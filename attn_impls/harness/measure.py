@@ -21,7 +21,7 @@ MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions
 WARMUP_SECONDS = 0.2
 MIN_WARMUP, MAX_WARMUP = 3, 10
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
-ENQUEUE_CYCLES = 8_000_000  # about 4 ms, in which the host enqueues ten calls
+ENQUEUE_CYCLES, ENQUEUE_BATCH_SECONDS = 8_000_000, 2e-3  # a spin of about 4 ms, and what the host may take of it for a batch
 THROTTLED = 0.95  # p5 of the SM clock below this share of its median
 
 
@@ -162,10 +162,11 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
     Apart from the timed rounds, where each call follows a synchronisation and finds the CPU's caches cold.
     """
     calls = round(min(50, max(5, ENQUEUE_SECONDS / max(seconds, 1e-6))))
-    times = []
-    step = 1 if hasattr(call, "ready") else 10  # ten forward passes kept for their gradients may not fit
-    for first in range(0, calls, step):
-        batch = min(step, calls - first)
+    times: list[float] = []
+    while len(times) < calls:
+        fit = int(ENQUEUE_BATCH_SECONDS / max(*times[-10:], 1e-6)) if times else 1
+        most = 1 if hasattr(call, "ready") else 10  # ten forward passes kept for their gradients may not fit
+        batch = max(1, min(fit, most, calls - len(times)))
         make_ready(call, batch)
         clock.quiet()
         clock.driver.spin(ENQUEUE_CYCLES)

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ class Peers:
         barred = [n for n in range(size) if n != mine and not torch.cuda.can_device_access_peer(mine, n)]
         if barred:
             raise Unsupported(f"GPU {mine} cannot reach the memory of GPU {', '.join(map(str, barred))} (no peer access)")
-        _memcpy()
+        _runtime()
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int, size: int, streams: tuple[int, ...]):
         """streams: how many compute, and how many push. All ranks call it together."""
@@ -150,22 +149,25 @@ def _blocks(shape: tuple[int, ...], *strides: tuple[int, ...]) -> list[Block]:
 
 
 def copy(target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Copy by a copy engine. torch's copy_ runs a kernel where either is strided, and costs the host five times as much."""
-    size, (contiguous, strided) = target.element_size(), _memcpy()
+    """Copy by a copy engine. torch's copy_ runs a kernel where either is strided."""
+    size, runtime = target.element_size(), _runtime()
     for block in blocks(target, source):
         to, from_ = target.data_ptr() + block.target * size, source.data_ptr() + block.source * size
         width, end = block.width * size, (DEVICE_TO_DEVICE, stream.cuda_stream)
         if block.rows == 1:
-            error = contiguous(to, from_, width, *end)
+            name, error = "cudaMemcpyAsync", runtime.cudaMemcpyAsync(to, from_, width, *end)
         else:
-            error = strided(to, block.target_pitch * size, from_, block.source_pitch * size, width, block.rows, *end)
+            pitches = block.target_pitch * size, block.source_pitch * size
+            name = "cudaMemcpy2DAsync"
+            error = runtime.cudaMemcpy2DAsync(to, pitches[0], from_, pitches[1], width, block.rows, *end)
         if error:
-            raise RuntimeError(f"cudaMemcpyAsync of {block.rows} × {width} bytes: CUDA error {error}")
+            runtime.cudaGetLastError()  # or the next kernel would be blamed
+            raise RuntimeError(f"{name}, {block.rows} rows of {width} bytes: CUDA error {error}")
 
 
 @functools.cache
-def _memcpy() -> tuple[Callable[..., int], Callable[..., int]]:
-    """cudaMemcpyAsync and cudaMemcpy2DAsync of the runtime that torch has loaded."""
+def _runtime() -> Any:
+    """The CUDA runtime that torch has loaded."""
     name = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}"
     try:
         library = ctypes.CDLL(name)
@@ -175,4 +177,4 @@ def _memcpy() -> tuple[Callable[..., int], Callable[..., int]]:
     pointer, number = ctypes.c_void_p, ctypes.c_size_t
     contiguous.argtypes = [pointer, pointer, number, ctypes.c_int, pointer]
     strided.argtypes = [pointer, number, pointer, number, number, number, ctypes.c_int, pointer]
-    return contiguous, strided
+    return library
