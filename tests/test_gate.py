@@ -336,6 +336,7 @@ def test_a_real_gate_finds_a_kernel_that_does_its_work_twice(suite_copy, suite_e
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 REGRESSED" in done.stdout
+    assert not (folder / ".benchmarks" / "journal").exists()  # where --resume looks for a killed run's
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from attn_impls.__main__ import main
-from attn_impls.harness import gate, journal
+from attn_impls.harness import journal
 from attn_impls.harness.journal import KEEP, Journal, read, write_json
+from attn_impls.harness.sides import Side
 
 HEADER = {
     "machine_info": {"machine": "x86_64", "cpu": {"brand_raw": "Fake CPU"}, "device": "cpu", "torch": "2.13.0", "threads": 2},
@@ -191,13 +192,12 @@ def test_the_newest_journals_are_kept(tmp_path, old):
     assert (tmp_path / "notes.txt").exists()
 
 
-def test_a_killed_run_s_journal_outlives_several_gates(tmp_path):
-    killed = tmp_path / "20250101T000000-1.jsonl"
-    killed.touch()
-    for n in range(5 * 2 * gate.PAIRS):
-        (tmp_path / f"20250102T0000{n:02}-1.jsonl").touch()
-    written(tmp_path, "one")
-    assert killed.exists()
+def test_a_gate_s_runs_leave_their_journals_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.delenv(journal.ELSEWHERE, raising=False)
+    assert journal.folder(tmp_path) == tmp_path / ".benchmarks" / "journal"
+    side = Side("baseline", "HEAD", tmp_path)
+    monkeypatch.setenv(journal.ELSEWHERE, side._environment(tmp_path / "gate")[journal.ELSEWHERE])
+    assert journal.folder(tmp_path) == tmp_path / "gate" / "journals"
 
 
 def test_journals_sort_by_their_age(tmp_path, monkeypatch):

@@ -14,7 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KEEP = 60  # in the folder; a gate leaves ten of its own there, and a killed run's must outlive several gates
+KEEP = 30  # in the folder
+ELSEWHERE = "ATTN_IMPLS_JOURNALS"  # the environment's name for another folder: a gate's runs are none to --resume
+
+
+def folder(root: Path) -> Path:
+    """Where the journals of runs in a rootdir are."""
+    return Path(os.environ.get(ELSEWHERE) or root / ".benchmarks" / "journal")
 
 
 class Journal:

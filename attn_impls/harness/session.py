@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
-from . import backward, environment, limits, makespan, measure, probes, profile, resume
+from . import backward, environment, journal, limits, makespan, measure, probes, profile, resume
 from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, out_of_memory, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .identity import identity
@@ -35,7 +34,7 @@ class Session:
     def __init__(self, config: pytest.Config, selection: Selection, ranks: Ranks | None = None):
         self.config, self.selection, self.ranks = config, selection, ranks
         self.device = selection.device
-        self.journal = Journal(Path(config.rootpath) / ".benchmarks" / "journal", resume.here(selection))
+        self.journal = Journal(journal.folder(config.rootpath), resume.here(selection))
         self.resumed: resume.Resumed | None = None
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
         self._left_out: dict[tuple[str, ...], dict[str, str]] = {}

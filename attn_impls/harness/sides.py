@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import saved
+from . import journal, saved
 
 LAST_LINES = 15  # of a run that failed
 PATIENCE_SECONDS = 10.0  # between SIGTERM and SIGKILL
@@ -37,7 +37,7 @@ class Side:
         with _log(output).open("wb") as file:
             try:
                 process = subprocess.Popen(
-                    command, cwd=self.folder, env=self._environment(), stdin=subprocess.DEVNULL, stdout=file,
+                    command, cwd=self.folder, env=self._environment(output.parent), stdin=subprocess.DEVNULL, stdout=file,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
@@ -55,10 +55,10 @@ class Side:
         lines = _log(output).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
         return SideFailed("\n".join([f"{self.name} {self.what!r} {why}; its last lines:", *(f"    {line}" for line in lines)]))
 
-    def _environment(self) -> dict[str, str]:
-        """The checkout before whatever attn_impls is installed."""
+    def _environment(self, folder: Path) -> dict[str, str]:
+        """The checkout before whatever attn_impls is installed, and journals beside the results."""
         paths = [str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), journal.ELSEWHERE: str(folder.absolute() / "journals")}
 
 
 def _log(output: Path) -> Path:
