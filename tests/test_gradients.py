@@ -1,6 +1,7 @@
 """The judge of gradients: the exact answer by autograd, its budget, its samples, and the verdicts and calls built on it."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -65,6 +66,11 @@ def case_of(build, w, **options) -> Case:
     return Case(w, Implementation("mine", build, **options), "cpu", "backward")
 
 
+@cache
+def problem_of(w: Workload) -> Problem:
+    return Problem(w, "cpu", 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["handcrafted", "sdpa", "sdpa-math", "sdpa-flash"])
 def test_honest_kernels_pass(name, dtype):
@@ -73,7 +79,7 @@ def test_honest_kernels_pass(name, dtype):
         w = w.replace(dtype=dtype)
         try:
             kernel = REGISTRY[name](w)
-            verdict = Problem(w, "cpu", 0).judge_gradients(Case(w, REGISTRY[name], "cpu", "backward"), kernel)
+            verdict = problem_of(w).judge_gradients(Case(w, REGISTRY[name], "cpu", "backward"), kernel)
         except Unsupported:
             continue
         tried += 1
@@ -107,13 +113,15 @@ def test_mutants_are_rejected_in_other_dtypes(mutant, dtype):
     assert_rejected(mutant, [w.replace(dtype=dtype) for w in FEW])
 
 
-BENCHES: dict[Workload, GradientBench] = {}
+@cache
+def bench_of(w: Workload) -> GradientBench:
+    return GradientBench(w, "cpu")
 
 
 def assert_rejected(mutant, workloads):
     applied = 0
     for w in workloads:
-        bench = BENCHES.setdefault(w, GradientBench(w, "cpu"))
+        bench = bench_of(w)
         wrong = bench.differs(mutant)
         if wrong and mutant.shows and not mutant.shows(w):
             continue  # rounding that the dtype excuses may pass or not
