@@ -107,6 +107,22 @@ def suite_environment():
     return environment
 
 
+@pytest.fixture
+def fails(capsys):
+    """fails(*arguments): what a command that ends with 2 says: one line on stderr, nothing on stdout."""
+    from attn_impls.__main__ import main
+
+    def run(*arguments: Any) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert err.startswith(f"python -m attn_impls {arguments[0]}: ")
+        return err
+
+    return run
+
+
 class Server:
     """The process that forks the runs."""
 

@@ -1,5 +1,4 @@
-"""What the adapters of sage, cuDNN's frontend and FlashInfer ask of their libraries, which stand-ins here compute on the CPU; and
-what flex cannot do."""
+"""What the adapters of sage, cuDNN's frontend and FlashInfer ask of their libraries, which stand-ins here compute on the CPU."""
 
 import sys
 import types
@@ -305,12 +304,3 @@ def test_flashinfer(text):
 )
 def test_what_flashinfer_cannot_do(text, reason):
     assert reason in unsupported("flashinfer", text)
-
-
-# FlexAttention
-
-
-def test_flex_says_what_its_kernel_has_no_room_for(monkeypatch):
-    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
-    with pytest.raises(Unsupported, match="shared memory"):
-        REGISTRY["flex"](Workload.parse("b1-h1-q1kv64-d576v512-bf16"))

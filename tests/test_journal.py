@@ -1,4 +1,4 @@
-"""Results that survive a kill, and the commands that turn them into JSON and tables."""
+"""Results that survive a kill, and the commands around them."""
 
 import json
 import subprocess
@@ -6,47 +6,19 @@ import sys
 import time
 
 import pytest
+from fakes import HEADER, WORKLOAD, finished_case
 
 from attn_impls.__main__ import main
 from attn_impls.harness import journal
 from attn_impls.harness.journal import KEEP, Journal, read, write_json
 from attn_impls.harness.sides import Side
 
-HEADER = {
-    "machine_info": {"machine": "x86_64", "cpu": {"brand_raw": "Fake CPU"}, "device": "cpu", "torch": "2.13.0", "threads": 2},
-    "commit_info": {"id": "unversioned"},
-    "datetime": "2026-11-22T10:00:00+00:00",
-    "version": "5.3.1",
-}
-WORKLOAD = "b1-h2-s128-d64-bf16"
-
-
-def case(name, median=1e-4):
-    """pytest-benchmark's dict of a case, as the session gives it to the journal."""
-    stats = dict.fromkeys(("min", "max", "mean", "median", "q1", "q3", "ld15iqr", "hd15iqr"), median)
-    stats |= {"stddev": 0.0, "iqr": 0.0, "rounds": 2, "iterations": 1, "ops": 1 / median, "total": 2 * median}
-    stats |= {"iqr_outliers": 0, "stddev_outliers": 0, "outliers": "0;0", "data": [median, median]}
-    info = {"implementation": name, "workload": WORKLOAD, "timer": "host", "limit_s": median / 2, "limit_bound": "memory"}
-    info |= {"limit_source": "measured", "ceiling_tflops": 1.0, "ceiling_tb_per_s": 0.01, "tb_per_s": 0.005, "tflops": 0.5}
-    info |= {"datasheet_tflops": None, "datasheet_tb_per_s": None, "error_over_budget": 0.25}
-    test = f"test_forward[{WORKLOAD}-{name}]"
-    return {
-        "group": WORKLOAD,
-        "name": test,
-        "fullname": f"tests/test_benchmark.py::{test}",
-        "params": {},
-        "param": f"{WORKLOAD}-{name}",
-        "extra_info": info,
-        "options": {"timer": "host_clock"},
-        "stats": stats,
-    }
-
 
 def written(folder, *names):
     """The path of a journal with cases of these names."""
     ours = Journal(folder)
     for name in names:
-        ours.add(HEADER, case(name))
+        ours.add(HEADER, finished_case(name))
     return ours.path
 
 
@@ -63,16 +35,16 @@ def test_nothing_is_written_before_the_first_case(tmp_path):
     ours = Journal(tmp_path / "deep" / "journal")
     assert list(tmp_path.iterdir()) == []
     assert (ours.path, ours.finished) == (None, 0)
-    ours.add(HEADER, case("one"))
+    ours.add(HEADER, finished_case("one"))
     assert [ours.path] == list((tmp_path / "deep" / "journal").iterdir())
 
 
 def test_every_case_is_on_disk_as_soon_as_it_is_added(tmp_path):
     ours = Journal(tmp_path)
     for n in range(1, 4):
-        ours.add(HEADER, case(f"impl{n}"))
+        ours.add(HEADER, finished_case(f"impl{n}"))
         assert ours.finished == n
-        assert read(ours.path) == {**HEADER, "benchmarks": [case(f"impl{k}") for k in range(1, n + 1)], "not_run": []}
+        assert read(ours.path) == {**HEADER, "benchmarks": [finished_case(f"impl{k}") for k in range(1, n + 1)], "not_run": []}
 
 
 def test_a_journal_holds_why_cases_did_not_run_unless_a_later_run_finished_them(tmp_path):
@@ -80,7 +52,7 @@ def test_a_journal_holds_why_cases_did_not_run_unless_a_later_run_finished_them(
     cells = [{"workload": WORKLOAD, "direction": "forward", "implementation": name, "reason": "why"} for name in ("a", "b", "c")]
     ours.leave_out(cells[0])
     assert ours.path is None  # with nothing finished there is nothing to keep
-    ours.add(HEADER, case("one"))
+    ours.add(HEADER, finished_case("one"))
     for cell in cells[1:]:
         ours.leave_out(cell)
     assert (ours.finished, read(ours.path)["not_run"]) == (1, cells)
@@ -88,17 +60,17 @@ def test_a_journal_holds_why_cases_did_not_run_unless_a_later_run_finished_them(
     later.go_on(ours.path)
     assert later.finished == 1
     later.leave_out(cells[2] | {"reason": "still"})
-    finished = case("b")
+    finished = finished_case("b")
     finished["extra_info"]["direction"] = "forward"
     later.add(HEADER, finished)
     found = read(later.path)
     assert found["not_run"] == [cells[0], cells[2] | {"reason": "still"}]
-    assert found["benchmarks"] == [case("one"), finished]
+    assert found["benchmarks"] == [finished_case("one"), finished]
 
 
 def test_what_json_does_not_know_is_written_as_text(tmp_path):
     ours = Journal(tmp_path)
-    ours.add(HEADER, case("one") | {"params": {"workload": tmp_path}})
+    ours.add(HEADER, finished_case("one") | {"params": {"workload": tmp_path}})
     assert read(ours.path)["benchmarks"][0]["params"] == {"workload": str(tmp_path)}
 
 
@@ -106,7 +78,7 @@ def test_what_json_does_not_know_is_written_as_text(tmp_path):
 def test_text_cannot_break_a_line(tmp_path, text):
     ours = Journal(tmp_path)
     for _ in range(2):
-        ours.add(HEADER, case("one") | {"group": text})
+        ours.add(HEADER, finished_case("one") | {"group": text})
     assert [benchmark["group"] for benchmark in read(ours.path)["benchmarks"]] == [text, text]
 
 
@@ -171,7 +143,7 @@ def test_a_foreign_file_is_an_error(tmp_path, content):
 
 def test_pytest_benchmark_s_own_json_is_not_a_journal(tmp_path):
     path = tmp_path / "run.json"
-    write_json(path, {**HEADER, "benchmarks": [case("one")]})
+    write_json(path, {**HEADER, "benchmarks": [finished_case("one")]})
     assert "not a journal" in error_of(path)
 
 
@@ -231,27 +203,17 @@ def test_a_failed_write_leaves_the_old_document_and_no_part_of_the_new(tmp_path,
     assert list(tmp_path.iterdir()) == [path]
 
 
-def fails(capsys, *arguments):
-    """What a command that ends with 2 says: one line on stderr, nothing on stdout."""
-    assert main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    assert err.startswith(f"python -m attn_impls {arguments[0]}: ")
-    return err
-
-
 def test_a_journal_becomes_what_pytest_benchmark_would_have_written(tmp_path, capsys):
     path, output = written(tmp_path, "one", "two"), tmp_path / "deep" / "run.json"
     assert main(["journal", str(path), "-o", str(output)]) == 0
-    assert json.loads(output.read_text()) == {**HEADER, "benchmarks": [case("one"), case("two")], "not_run": []}
+    assert json.loads(output.read_text()) == {**HEADER, "benchmarks": [finished_case("one"), finished_case("two")], "not_run": []}
     assert capsys.readouterr().out == f"2 finished cases: {output}\n"
 
 
 def test_pytest_benchmark_compares_a_journal(tmp_path):
     ours, output = Journal(tmp_path / "journal"), tmp_path / "run.json"
-    ours.add(HEADER, case("slow", 4e-4))
-    ours.add(HEADER, case("fast", 1e-4))
+    ours.add(HEADER, finished_case("slow", 4e-4))
+    ours.add(HEADER, finished_case("fast", 1e-4))
     with ours.path.open("a") as file:
         file.write('{"group": "cut by a ki')
     assert main(["journal", str(ours.path), "-o", str(output)]) == 0
@@ -266,108 +228,19 @@ def test_pytest_benchmark_compares_a_journal(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"hello\nworld\n", b"\x80\x81", b"", b'{"header": 3}\n', None])
-def test_a_bad_journal_ends_with_2_and_writes_nothing(tmp_path, capsys, content):
+def test_a_bad_journal_ends_with_2_and_writes_nothing(tmp_path, fails, content):
     path = tmp_path / "bad.jsonl"
     if content is not None:
         path.write_bytes(content)
-    assert "bad.jsonl" in fails(capsys, "journal", path, "-o", tmp_path / "run.json")
+    assert "bad.jsonl" in fails("journal", path, "-o", tmp_path / "run.json")
     assert not (tmp_path / "run.json").exists()
 
 
-def test_an_output_that_cannot_be_written_ends_with_2(tmp_path, capsys):
+def test_an_output_that_cannot_be_written_ends_with_2(tmp_path, fails):
     path, folder = written(tmp_path / "journal", "one"), tmp_path / "folder"
     folder.mkdir()
-    fails(capsys, "journal", path, "-o", folder)
+    fails("journal", path, "-o", folder)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "journal"]
-
-
-def test_show_prints_the_table_of_a_saved_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    write_json(tmp_path / "run.json", {**HEADER, "benchmarks": [case("slow", 4e-4), case("fast", 1e-4)]})
-    assert main(["show", str(tmp_path / "run.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "CPU: Fake CPU · torch threads: 2"
-    assert any(line.startswith(WORKLOAD) for line in lines)
-    assert [line.split()[0] for line in lines if "✓ 0.25" in line] == ["fast", "slow"]
-
-
-def test_show_leaves_out_what_is_not_ours(tmp_path, capsys):
-    other = case("other") | {"extra_info": {}}
-    write_json(tmp_path / "run.json", {**HEADER, "benchmarks": [other, case("fast")]})
-    assert main(["show", str(tmp_path / "run.json")]) == 0
-    assert "other" not in capsys.readouterr().out
-
-
-def cell(name, reason, **place):
-    """An entry of a document's not_run."""
-    return {"workload": WORKLOAD, "direction": "forward", **place, "implementation": name, "reason": reason}
-
-
-def shown(tmp_path, capsys, document):
-    write_json(tmp_path / "run.json", document)
-    assert main(["show", str(tmp_path / "run.json")]) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-def test_show_says_why_cases_did_not_run(tmp_path, capsys):
-    cells = [cell("wrong", "FAILED: differs from SDPA"), cell("absent", "absent: not installed")]
-    cells.append(cell("fast", "fast: forward only", direction="backward"))
-    lines = shown(tmp_path, capsys, {**HEADER, "benchmarks": [case("fast")], "not_run": cells})
-    forward, backward = (next(n for n, line in enumerate(lines) if line.startswith(f"{WORKLOAD} {text}")) for text in (" ", "b"))
-    for reason in ("  absent  not installed", "  wrong   FAILED: differs from SDPA"):
-        assert forward < lines.index(reason) < backward
-    assert lines[backward : backward + 2] == [f"{WORKLOAD} backward", "  fast  forward only"]
-
-
-def test_show_says_why_cells_of_a_distributed_run_are_empty(tmp_path, capsys):
-    spread = case("sdpa")
-    spread["extra_info"] |= {"direction": "forward", "label": "", "form": "core", "imbalance": 1.0, "slowest_rank": 0}
-    spread["extra_info"] |= {"speedup": None}
-    info = {**HEADER["machine_info"], "world_size": 2, "backend": "gloo", "nccl": None, "topology": "1 node, CPU processes"}
-    cells = [cell("sdpa", "FAILED: differs from the oracle", form="gather"), cell("mine", "mine: no GQA", form="core")]
-    lines = shown(tmp_path, capsys, {**HEADER, "machine_info": info, "benchmarks": [spread], "not_run": cells})
-    assert {"  gather × sdpa: FAILED: differs from the oracle", "  core × mine: no GQA"} <= set(lines)
-
-
-INCOMPLETE = {"group": "b", "stats": {"median": 1.0, "iqr": 0.0}, "extra_info": {"workload": WORKLOAD}}
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        None,
-        [],
-        3,
-        "text",
-        {},
-        {"benchmarks": []},
-        {"benchmarks": None, "machine_info": {}},
-        {"benchmarks": [3], "machine_info": {}},
-        {"benchmarks": [{}], "machine_info": {}},
-        {**HEADER, "benchmarks": []},
-        {**HEADER, "benchmarks": [case("one") | {"extra_info": {}}]},
-        {**HEADER, "benchmarks": [case("one")], "not_run": 3},
-        {**HEADER, "benchmarks": [case("one")], "not_run": [{"workload": WORKLOAD}]},
-        {**HEADER, "benchmarks": [case("one")], "machine_info": None},
-        {**HEADER, "benchmarks": [case("one")], "machine_info": []},
-        {**HEADER, "benchmarks": [case("one")], "machine_info": {"cpu": "text"}},
-        {**HEADER, "benchmarks": [INCOMPLETE]},
-        {**HEADER, "benchmarks": [INCOMPLETE | {"extra_info": {"workload": "somebody-else-s"}}]},
-        {**HEADER, "benchmarks": [INCOMPLETE | {"extra_info": {"workload": None}}]},
-        {**HEADER, "benchmarks": [{"extra_info": {"workload": WORKLOAD}}]},
-    ],
-)
-def test_show_of_something_else_ends_with_2(tmp_path, capsys, document):
-    (tmp_path / "run.json").write_text(json.dumps(document))
-    fails(capsys, "show", tmp_path / "run.json")
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"hello", b"\x80\x81", None])
-def test_show_of_what_is_not_json_ends_with_2_and_names_the_file(tmp_path, capsys, content):
-    path = tmp_path / "run.json"
-    if content is not None:
-        path.write_bytes(content)
-    assert "run.json" in fails(capsys, "show", path)
 
 
 def test_list_names_presets_and_implementations(capsys):
