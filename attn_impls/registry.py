@@ -128,16 +128,16 @@ def attention(
         REGISTRY[name] = Implementation(
             name,
             build,
-            dists,
-            layout,
-            tuple(devices),
-            backward,
-            approximate,
-            dispatches,
-            concurrent,
-            slow_build,
-            install,
-            source,
+            dists=dists,
+            layout=layout,
+            devices=tuple(devices),
+            backward=backward,
+            approximate=approximate,
+            dispatches=dispatches,
+            concurrent=concurrent,
+            slow_build=slow_build,
+            install=install,
+            source=source,
         )
         return REGISTRY[name]
 

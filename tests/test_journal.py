@@ -165,10 +165,10 @@ def test_the_newest_journals_are_kept(tmp_path, old):
 
 
 def test_a_gate_s_runs_leave_their_journals_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.delenv(journal.ELSEWHERE, raising=False)
+    monkeypatch.delenv(journal.FOLDER_VARIABLE, raising=False)
     assert journal.folder(tmp_path) == tmp_path / ".benchmarks" / "journal"
     side = Side("baseline", "HEAD", tmp_path)
-    monkeypatch.setenv(journal.ELSEWHERE, side._environment(tmp_path / "gate")[journal.ELSEWHERE])
+    monkeypatch.setenv(journal.FOLDER_VARIABLE, side._environment(tmp_path / "gate")[journal.FOLDER_VARIABLE])
     assert journal.folder(tmp_path) == tmp_path / "gate" / "journals"
 
 

@@ -24,9 +24,9 @@ TIGHT = 0.5  # of the spin is what the host may use in a usual round
 # them that were late are measured again, which costs less than long spins for all.
 RECENT, USUAL = 15, 0.8
 # Behind a flushed L2, one kernel launch in four of a process begins 0.9 µs later (H100s, torch 2.11). A round of a multiple of
-# four launches would meet that always or never. Up to six empty ones before it spread it over 20 rounds or more, so that it does
-# not reach the median of a call of one launch; half the rounds of a call of two have it. (Not with 7 subjects in turn.)
-PHASES = 7
+# four launches would meet that always or never. Fewer than this many before it, in turn, spread it over 20 rounds or more: so
+# it does not reach the median of a call of one launch. Half the rounds of a call of two have it. (Not with 7 subjects in turn.)
+EMPTY_LAUNCHES = 7
 CPU_ROUND_SECONDS = 1e-3
 
 
@@ -150,7 +150,7 @@ class DeviceClock:
         """Make the call ready and the device quiet, then let it spin while the caller enqueues."""
         make_ready(subject.call)
         self.quiet()
-        for _ in range(self._prepared % PHASES):
+        for _ in range(self._prepared % EMPTY_LAUNCHES):
             self.driver.spin(0)
         self._prepared += 1
         began = self.driver.host_time()

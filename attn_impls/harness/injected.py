@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from ..registry import Implementation, Kernel, Unsupported, attention, discover
+from ..registry import REGISTRY, Implementation, Kernel, Unsupported, discover
 from ..workload import Workload
 from .evidence import INCONCLUSIVE, REGRESSED, upper_bound
 from .pairing import Comparison, Row, percent
@@ -26,18 +27,8 @@ def register(names: list[str], slowed: bool) -> None:
     known = discover()
     for name in names:
         for share in SHARES:
-            original = known[name]
-            attention(
-                f"{name}-plus{share}",
-                dist=original.dists,
-                layout=original.layout,
-                devices=original.devices,
-                backward=original.backward,
-                approximate=original.approximate,
-                concurrent=original.concurrent,
-                slow_build=original.slow_build,
-                install=original.install,
-            )(_builder(original, share if slowed else 0))
+            build = _builder(known[name], share if slowed else 0)
+            REGISTRY[f"{name}-plus{share}"] = replace(known[name], name=f"{name}-plus{share}", build=build, lse_builder=None)
 
 
 def _builder(original: Implementation, share: int) -> Callable[[Workload], Kernel]:

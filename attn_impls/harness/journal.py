@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 KEEP = 30  # in the folder
-ELSEWHERE = "ATTN_IMPLS_JOURNALS"  # the environment's name for another folder: a gate's runs are none to --resume
+FOLDER_VARIABLE = "ATTN_IMPLS_JOURNALS"  # the environment's name for another folder: a gate's runs are none to --resume
 
 
 def folder(root: Path) -> Path:
     """Where the journals of runs in a rootdir are."""
-    return Path(os.environ.get(ELSEWHERE) or root / ".benchmarks" / "journal")
+    return Path(os.environ.get(FOLDER_VARIABLE) or root / ".benchmarks" / "journal")
 
 
 class Journal:

@@ -58,7 +58,7 @@ class Side:
     def _environment(self, folder: Path) -> dict[str, str]:
         """The checkout before whatever attn_impls is installed, and journals beside the results."""
         paths = [str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), journal.ELSEWHERE: str(folder.absolute() / "journals")}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), journal.FOLDER_VARIABLE: str(folder.absolute() / "journals")}
 
 
 def _log(output: Path) -> Path:
