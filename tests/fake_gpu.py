@@ -1,6 +1,6 @@
 """A GPU and its host on a fake timeline, where the truth about every second is known: a driver for the device clock."""
 
-from attn_impls.harness.clock import FIRST_CYCLES, LEAD_CYCLES, Subject
+from attn_impls.harness.clock import FIRST_CYCLES, Subject
 
 MHZ = 1500.0
 FIRST_SPIN = FIRST_CYCLES / MHZ / 1e6  # seconds
@@ -53,7 +53,9 @@ class FakeGpu:
     @property
     def spins(self):
         """The cycles of each spin that a call was enqueued behind."""
-        return [entry[1] for entry in self.log if entry[0] == "spin" and entry[1] not in (0, LEAD_CYCLES)]
+        rounds = [i for i, entry in enumerate(self.log) if entry == "flush"]
+        prepared = ([x for x in self.log[i + 1 : i + 12] if x != ("spin", 0)][:3] for i in rounds)
+        return [spin[1] for _lead, _event, spin in prepared]
 
     def synchronize(self):
         self.host = max(self.host, self.drained)

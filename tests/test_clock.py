@@ -57,7 +57,17 @@ def test_a_stall_before_the_spin_leaves_no_reading_of_the_sm_clock():
     found = sample(clock, gpu.call(KERNEL))
     assert found.sm_mhz != found.sm_mhz
     assert found.seconds == pytest.approx(KERNEL, rel=1e-9)
-    assert (found.late, clock.retries, clock.cycles) == (False, 0, FIRST_CYCLES)
+    assert (found.late, clock.retries, clock.spin.cycles) == (False, 0, FIRST_CYCLES)
+
+
+def test_a_host_that_is_slow_before_every_spin_gets_a_longer_lead():
+    gpu = FakeGpu(launch=40e-6)  # two launches of a lead of 80 µs
+    clock = DeviceClock(gpu)
+    found = [sample(clock, gpu.call(KERNEL)) for _ in range(20)]
+    assert all(one.seconds == pytest.approx(KERNEL, rel=1e-9) for one in found)
+    assert found[0].sm_mhz != found[0].sm_mhz
+    assert [one.sm_mhz for one in found[1:]] == pytest.approx(19 * [MHZ], rel=1e-9)
+    assert clock.lead.cycles == pytest.approx(2 * 3 * 40e-6 * MHZ * 1e6, rel=1e-9)
 
 
 def test_the_cache_is_cold_and_the_device_idle_before_every_spin():
@@ -170,7 +180,7 @@ def test_an_enqueue_costs_the_host_s_work_whatever_the_kernel_does(work, kernel,
     assert found == pytest.approx(work + gpu.launch, rel=1e-6)
     assert len(made) == calls
     spins = 1 + -(-(calls - 1) // 10)  # so that no call of a batch finds the device idle
-    assert gpu.spins.count(measure.ENQUEUE_CYCLES) == spins
+    assert gpu.log.count(("spin", measure.ENQUEUE_CYCLES)) == spins
 
 
 def test_calls_that_cost_the_host_much_are_not_enqueued_behind_one_spin_together():

@@ -62,11 +62,11 @@ def test_a_host_that_stays_slow_gets_a_longer_spin_and_a_prompt_one_the_short_sp
     for _ in range(RECENT):
         sample(clock, prompt)
     assert not sample(clock, slow).late
-    assert clock.cycles == twice(3)
+    assert clock.spin.cycles == twice(3)
     assert clock.retries == RECENT // 5
     for _ in range(RECENT):
         sample(clock, prompt)
-    assert clock.cycles == FIRST_CYCLES
+    assert clock.spin.cycles == FIRST_CYCLES
 
 
 def test_two_subjects_in_turn_get_the_spin_that_the_slower_one_needs():
@@ -84,7 +84,7 @@ def test_spins_do_not_grow_past_the_cap():
     clock = DeviceClock(gpu)
     for _ in range(3):
         sample(clock, gpu.call(-0.9 * MAX_CYCLES / MHZ / 1e6, KERNEL))
-    assert clock.cycles == max(gpu.spins) == MAX_CYCLES
+    assert clock.spin.cycles == max(gpu.spins) == MAX_CYCLES
 
 
 def test_a_host_that_stalls_before_the_call_is_timed_again():
@@ -105,7 +105,7 @@ def test_retries_leave_one_sample_and_are_flushed_like_first_tries():
     found = clock.sample(subject)
     assert subject.samples == [found]
     assert clock.now == found.seconds
-    spin, tries = ("spin", LEAD_CYCLES), [FIRST_CYCLES, clock.cycles]
+    spin, tries = ("spin", LEAD_CYCLES), [FIRST_CYCLES, clock.spin.cycles]
     expected = [e for cycles in tries for e in ("flush", spin, "record", ("spin", cycles), "record", "record")]
     assert [entry for entry in gpu.log if entry != ("spin", 0)] == expected
 
@@ -125,7 +125,7 @@ def test_a_call_that_waits_for_the_device_ends_late_at_the_cap_and_is_host_bound
     clock, subject = DeviceClock(gpu), Subject(gpu.item)
     clock.prepare(subject)
     assert clock.sample(subject).late
-    assert (clock.cycles, clock.retries) == (MAX_CYCLES, ATTEMPTS_TO_CAP - 1)
+    assert (clock.spin.cycles, clock.retries) == (MAX_CYCLES, ATTEMPTS_TO_CAP - 1)
     for _ in range(9):
         clock.prepare(subject)
         clock.sample(subject)
@@ -184,7 +184,7 @@ def test_ranks_spin_alike_after_one_of_them_was_short_of_time(after):
     cap = MAX_CYCLES / MHZ / 1e6
     tight = [(ranks.gpus[0].call(KERNEL), ranks.gpus[1].call(-0.8 * min(2**n * FIRST_SPIN, cap), KERNEL)) for n in range(after)]
     ranks.run(*tight)
-    assert ranks.clocks[0].cycles == ranks.clocks[1].cycles
+    assert ranks.clocks[0].spin.cycles == ranks.clocks[1].spin.cycles
     ranks.run((ranks.gpus[0].item, ranks.gpus[1].item))
     assert ranks.gpus[0].spins == ranks.gpus[1].spins
 
@@ -193,6 +193,6 @@ def test_each_case_starts_with_the_short_spin():
     gpu = FakeGpu()
     clock = DeviceClock(gpu)
     sample(clock, gpu.item)
-    assert clock.cycles == MAX_CYCLES
+    assert clock.spin.cycles == MAX_CYCLES
     clock.reset()
-    assert clock.cycles == FIRST_CYCLES
+    assert clock.spin.cycles == FIRST_CYCLES

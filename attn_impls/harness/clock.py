@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-LEAD_CYCLES = 120_000  # keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
+LEAD_CYCLES = 120_000  # at least: keeps the GPU busy while the host enqueues the event before the measured spin, and that spin
 FIRST_CYCLES = 200_000  # about 0.1 ms
 MAX_CYCLES = 32_000_000  # about 16 ms: past this, the call waits for the device itself
-TIGHT = 0.5  # of the spin is what the host may use in a usual round
-# The spin fits all but the longest of the recent rounds, fewer than a fifth of them: in those the host stalled, and those of
+TIGHT = 0.5  # of a spin is what the host may use in a usual round
+# A spin fits all but the longest of the recent rounds, fewer than a fifth of them: in those the host stalled, and those of
 # them that were late are measured again, which costs less than long spins for all.
 RECENT, USUAL = 15, 0.8
 # Behind a flushed L2, one kernel launch in four of a process begins 0.9 µs later (H100s, torch 2.11). A round of a multiple of
@@ -102,6 +102,23 @@ def alone(seconds: float, late: bool, used: float) -> tuple[float, bool, float]:
     return seconds, late, used
 
 
+class Fitted:
+    """A spin's cycles, by what the host has needed of late behind it."""
+
+    def __init__(self, least: int):
+        self.least = self.cycles = least
+        self._needed: deque[float] = deque(maxlen=RECENT)
+
+    def fit(self, needed: float) -> None:
+        self._needed.append(needed)
+        usual = sorted(self._needed)[int(USUAL * len(self._needed))]
+        self.cycles = round(min(max(self.least, usual / TIGHT), MAX_CYCLES))
+
+    def reset(self) -> None:
+        self.cycles = self.least
+        self._needed.clear()
+
+
 class DeviceClock:
     """A timer in seconds that `sample` advances by device time alone."""
 
@@ -123,10 +140,9 @@ class DeviceClock:
         self.driver, self.overhead, self.empty_spin = driver, overhead, empty_spin
         self.agree, self.align = agree, align
         self.now = 0.0
-        self.cycles = FIRST_CYCLES
+        self.lead, self.spin = Fitted(LEAD_CYCLES), Fitted(FIRST_CYCLES)
         self.retries = 0
         self._prepared = 0
-        self._needed: deque[float] = deque(maxlen=RECENT)  # by the host in each round, in cycles of the spin
         self._spun_at = 0.0
         self._cycle = 1 / 2e9  # seconds, by the last spin that was measured
         self._gapless = True  # the spin was there before its lead ended, so that the event between them is its beginning
@@ -138,8 +154,7 @@ class DeviceClock:
 
     def reset(self) -> None:
         """Start another case: with the short spin again, whatever the last one needed."""
-        self.cycles = FIRST_CYCLES
-        self._needed.clear()
+        self.spin.reset()
 
     def quiet(self) -> None:
         """Make the L2 cold and wait for the device."""
@@ -154,11 +169,13 @@ class DeviceClock:
             self.driver.spin(0)
         self._prepared += 1
         began = self.driver.host_time()
-        self.driver.spin(LEAD_CYCLES)
+        self.driver.spin(self.lead.cycles)
         self._before.record()
-        self.driver.spin(self.cycles)
+        self.driver.spin(self.spin.cycles)
         self._spun_at = self.driver.host_time()
-        self._gapless = self._spun_at - began < LEAD_CYCLES * self._cycle
+        needed = (self._spun_at - began) / self._cycle
+        self._gapless = needed < self.lead.cycles
+        self.lead.fit(needed)
         if self.align:
             self._spun.record()
             self.align()
@@ -166,7 +183,7 @@ class DeviceClock:
     def sample(self, subject: Subject) -> Sample:
         """Time one call; `prepare` comes right before. A late round is measured again behind a longer spin."""
         while True:
-            spun = self.cycles
+            spun = self.spin.cycles
             self._start.record()
             enqueued = self.driver.host_time()
             subject.call()
@@ -179,7 +196,7 @@ class DeviceClock:
                 self._cycle = (self._before.elapsed_time(self._spun) * 1e-3 - self.empty_spin) / spun
             elapsed = self._start.elapsed_time(self._stop) * 1e-3 - self.overhead
             seconds, late, share = self.agree(elapsed, late, used / (spun * self._cycle))
-            self._fit_spin(share * spun)
+            self.spin.fit(share * spun)
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
@@ -188,12 +205,6 @@ class DeviceClock:
         subject.samples.append(sample)
         self.now += seconds
         return sample
-
-    def _fit_spin(self, needed: float) -> None:
-        """Choose the next round's spin by what the host has needed of late."""
-        self._needed.append(needed)
-        usual = sorted(self._needed)[int(USUAL * len(self._needed))]
-        self.cycles = round(min(max(FIRST_CYCLES, usual / TIGHT), MAX_CYCLES))
 
 
 class HostClock:
