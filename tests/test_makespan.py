@@ -72,21 +72,37 @@ def test_a_probe_s_bus_bandwidth_follows_its_time(spreads):
         assert probe.bus_bytes_per_s(traffic) == pytest.approx(factor * size / seconds)
 
 
+def best_efficiency(heads, length, ranks, rows=128):
+    """What a kernel whose tiles of `rows` query rows fill the SMs in waves can reach: the last wave may be nearly empty."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    whole, share = (-(-n * -(-length // rows) // sms) for n in (heads, heads // ranks))
+    return min(1.0, whole / (ranks * share))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [8192, 32768])
-def test_core_efficiency(spreads, length, capsys):
-    """No communication, and each rank still fills its SMs: N ranks are N times as fast."""
+@pytest.mark.parametrize(
+    ("length", "fill"),
+    [(8192, "randn"), (32768, "zeros")],  # 14 ms of randn bring a card to its power limit, and then each card has its own clock
+)
+def test_core_efficiency(spreads, length, fill, capsys):
+    """No communication, and each rank still fills its SMs: N ranks are N times as fast, as far as whole waves of tiles allow."""
     discover()
     w, ranks = Workload.parse(f"b1-h32-s{length}-d128-bf16"), spreads.ranks
     case, problem = Case(w, REGISTRY["sdpa-cudnn"], "cuda"), Problem(w, "cuda", 0)
+    tensors = problem.plain if fill == "randn" else [torch.zeros_like(tensor) for tensor in problem.plain]
     plan = spreads.plan(case, Form("core", Core), problem)
     with torch.device("cuda"):
         whole = case.implementation(w)
-    calls = {"ranks": partial(plan, plan.share(*problem.plain)), "one rank": partial(whole, *problem.plain)}
+    calls = {"ranks": partial(plan, plan.share(*tensors)), "one rank": partial(whole, *tensors)}
     timing = Rounds(ranks, spreads.session.clock, calls).run(Pedantic(), 50, 10)
     pairs = zip(timing["one rank"].samples, timing["ranks"].samples, strict=True)
     efficiency = statistics.median(one.seconds / all_.seconds for one, all_ in pairs) / ranks.size
+    best = best_efficiency(w.num_heads, length, ranks.size)
     with capsys.disabled():
         if ranks.rank == 0:
-            print(f"\n  core efficiency at {length}: {efficiency:.4f}, by rank {timing['ranks'].rank_medians}", end="")
-    assert efficiency >= 0.99
+            print(
+                f"\n  core efficiency at {length}: {efficiency:.4f} of at most {best:.4f}, "
+                f"by rank {timing['ranks'].rank_medians}",
+                end="",
+            )
+    assert efficiency >= 0.99 * best
