@@ -247,7 +247,8 @@ def test_hung_kernel_is_named_and_finished_results_are_saved(run_suite, suite_co
     assert "--impl sdpa,./hangs.py,handcrafted" in command
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(60)", pytest.param("ctypes.PyDLL(None).sleep(60)", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hang", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"])
 def test_hung_builder_leaves_a_journal(run_suite, suite_copy, hang):
     folder = suite_copy({"hangs.py": source(('"hangs"', hang))})  # the second holds the interpreter's lock
     run = run_suite(*ONE, "--benchmark-only", "--impl", "sdpa,./hangs.py", "--case-timeout", "3", cwd=folder)

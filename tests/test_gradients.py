@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 discover()
 FEW = [w for w in WORKLOADS if w.softcap or w.window or w.blind_rows or w.offset > 0 or w.v_head_dim != w.head_dim]
+OTHER_DTYPES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float32)]
 RIGHT = broken()
 
 
@@ -68,7 +69,7 @@ def problem_of(w: Workload) -> Problem:
     return Problem(w, "cpu", 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *OTHER_DTYPES], ids=str)
 @pytest.mark.parametrize("name", ["handcrafted", "sdpa", "sdpa-math", "sdpa-flash"])
 def test_honest_kernels_pass(name, dtype):
     tried = 0
@@ -103,8 +104,7 @@ def test_mutants_are_rejected_exactly_where_they_differ(mutant):
     assert_rejected(mutant, FEW)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 @pytest.mark.parametrize("mutant", GRADIENT_MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants_are_rejected_in_other_dtypes(mutant, dtype):
     assert_rejected(mutant, [w.replace(dtype=dtype) for w in FEW])

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEW = [w for w in WORKLOADS if w.q_len > 1 and (w.softcap or w.offset > 0)]
 TRIED = [*WORKLOADS, *(w.replace(dtype=dtype) for w in FEW for dtype in (torch.float16, torch.float32))]
+PARAMETERS = [pytest.param(w, id=str(w), marks=[] if w in WORKLOADS else [pytest.mark.slow]) for w in TRIED]
 
 
 @cache
@@ -29,7 +30,7 @@ def differs(w: Workload, device: str, mutant: Mutant) -> bool:
     return bench(w, device).differs(mutant)
 
 
-@pytest.mark.parametrize("w", TRIED, ids=str)
+@pytest.mark.parametrize("w", PARAMETERS)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants_are_rejected_exactly_where_they_differ(suite, mutant, w):
     known = bench(w, suite.device)

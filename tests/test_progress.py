@@ -65,6 +65,7 @@ def screen(written):
     return ["".join(line).rstrip() for line in lines]
 
 
+@pytest.mark.slow
 def test_progress_is_shown_and_nothing_of_it_remains(on_terminal):
     written = on_terminal()
     assert f"0/2 cases · {ID}-sdpa{RESTORE}" in written

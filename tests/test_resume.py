@@ -176,6 +176,7 @@ def test_the_package_s_digest_is_of_all_its_sources(tmp_path, monkeypatch, edit,
     assert (resume.here(nothing)["package"] == before) == same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_other_conditions_are_refused(run_suite, folder, what):
     changes, arguments, said = REFUSED[what]

@@ -15,7 +15,7 @@ import torch
 
 from .clock import CPU_ROUND_SECONDS, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
 
-ROUND_BUDGET_SECONDS = 2.0
+ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 1.0}  # for the rounds of a case
 MAX_ROUNDS = 100
 MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
 WARMUP_SECONDS = 0.2
@@ -97,7 +97,7 @@ def plan(clock: Clock, subjects: Sequence[S], sample: Callable[[S], Sample]) -> 
                 s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(seconds, 1e-9)))
         a_round = time.perf_counter() - started
     a_round = max(a_round, CPU_ROUND_SECONDS * len(subjects)) if clock.timer == "host" else a_round
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS[clock.timer], int(ROUND_BUDGET_SECONDS / a_round)))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS[clock.timer], int(ROUND_BUDGET_SECONDS[clock.timer] / a_round)))
     warmup = max(MIN_WARMUP, math.ceil(WARMUP_SECONDS / a_round))
     return rounds, warmup if clock.timer == "host" else min(warmup, MAX_WARMUP)
 
