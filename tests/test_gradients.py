@@ -137,6 +137,114 @@ def test_the_worst_gradient_is_named():
     assert verdict.sdpa_failure.startswith("differs in dv from SDPA")
 
 
+def training(w, forward, backward):
+    """A kernel whose passes are `forward(right, q, k, v)` and `backward(gradients, dout, out)`, around the right ones."""
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            with torch.enable_grad():
+                right = RIGHT(w)(*leaves)
+            ctx.right, ctx.leaves, ctx.out = right, leaves, forward(right.detach().clone())
+            return ctx.out
+
+        @staticmethod
+        def backward(ctx, dout):
+            return backward(lambda dout: torch.autograd.grad(ctx.right, ctx.leaves, dout), dout, ctx.out)
+
+    return Kernel.apply
+
+
+def scribbling(gradients, dout, out):
+    found = gradients(dout)
+    out.zero_()
+    return found
+
+
+def as_if_contiguous(gradients, dout, _out):
+    if dout.is_contiguous():
+        return gradients(dout)
+    return gradients(dout.transpose(1, 2).reshape(dout.shape))  # its memory, read in the order of the shape
+
+
+WRONG_IN_TRAINING = {
+    "another output": (
+        lambda out: 0.9 * out,
+        lambda gradients, dout, _out: gradients(dout),
+        "differs in the output of its training",
+    ),
+    "no output": (lambda out: out * float("nan"), lambda gradients, dout, _out: gradients(dout), "returned NaN"),
+    "dout read as if contiguous": (lambda out: out, as_if_contiguous, "differs in d"),
+    "output overwritten": (lambda out: out, scribbling, "changed its output in the backward pass"),
+    "dout through float16": (lambda out: out, lambda gradients, dout, _out: gradients(dout.half().to(dout)), "differs in d"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_IN_TRAINING)
+def test_what_goes_wrong_in_training_alone(what):
+    w = WORKLOADS[4]
+    *passes, said = WRONG_IN_TRAINING[what]
+    right = training(w, lambda out: out, lambda gradients, dout, _out: gradients(dout))
+    assert not Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: right, w), right).failure
+    kernel = training(w, *passes)
+    verdict = Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: kernel, w), kernel)
+    assert verdict.failure.startswith(said), verdict
+
+
+def test_two_layers_forward_before_one_goes_backward():
+    """A kernel that keeps what its backward pass needs in one buffer, for the last forward pass."""
+    w, kept = WORKLOADS[4], {}
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, q, k, v):
+            kept["leaves"] = [x.detach().requires_grad_() for x in (q, k, v)]
+            with torch.enable_grad():
+                kept["out"] = RIGHT(w)(*kept["leaves"])
+            return kept["out"].detach().clone()
+
+        @staticmethod
+        def backward(_ctx, dout):
+            return torch.autograd.grad(kept["out"], kept["leaves"], dout, retain_graph=True)
+
+    verdict = Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: Kernel.apply, w), Kernel.apply)
+    assert verdict.failure.startswith("differs in d"), verdict
+
+
+def test_passes_that_do_not_fit_together_are_made_one_by_one():
+    w, alive = WORKLOADS[4], []
+
+    class Large(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            if alive:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+            alive.append(True)
+            ctx.leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            with torch.enable_grad():
+                ctx.right = RIGHT(w)(*ctx.leaves)
+            return ctx.right.detach().clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            alive.clear()
+            return torch.autograd.grad(ctx.right, ctx.leaves, dout)
+
+    class Kernel:
+        """One whose first attempt at two passes frees what it held."""
+
+        def __call__(self, *x):
+            try:
+                return Large.apply(*x)
+            except torch.OutOfMemoryError:
+                alive.clear()
+                raise
+
+    kernel = Kernel()
+    assert not Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: kernel, w), kernel).failure
+
+
 def test_a_changed_dout_is_told():
     w = WORKLOADS[3]
 

@@ -16,7 +16,7 @@ def pointed_at(w: Workload, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The needles as [N, 3] (batch · heads + head, query, key), and the mask [Sq, Skv] that they respect."""
     x, plain = inputs.needles(w, "cpu", seed), inputs.plain(w, "cpu", seed)
     assert torch.equal(x.k, plain.k)
-    assert torch.equal(x.v, plain.v)
+    assert torch.equal(x.v, plain.v * inputs.loudness(w))
     changed = (x.q != plain.q).any(-1)
     keys = (x.q.float() @ x.k.float().repeat_interleave(w.group, 1).mT).abs().argmax(-1)  # some are sunken
     head, query = changed.flatten(0, 1).nonzero(as_tuple=True)

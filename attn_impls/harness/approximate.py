@@ -89,7 +89,8 @@ def _quantised(
         squares += of_group(of_p, values.square().sum(-1, keepdim=True))[..., 0]
         squares += of_group(weights.square(), of_v[where[0]])[..., 0]
         sigma[where] = squares.clamp(min=0).sqrt()
-        outs[where] = of_group(_rounded(coarse / largest, declared.pv) * largest, _rounded(values, declared.pv))
+        own = coarse.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        outs[where] = of_group(_rounded(coarse / own, declared.pv) * own, _rounded(values, declared.pv))
     shape = known.norm.shape
     return sigma.reshape(shape), deciding.reshape(shape), outs.reshape(known.out.shape)
 

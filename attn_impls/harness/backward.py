@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..registry import Kernel, Unsupported, one_line
-from .case import Case, CaseFailed, guard
+from .case import Case, CaseFailed, OutOfMemory, guard
 from .inputs import Inputs
 
 # how a library says that it has a forward pass only
@@ -66,18 +66,48 @@ def forward_only(error: Exception) -> str:
     return f"no backward here: {'; '.join(dict.fromkeys(listed)) or one_line(error)}"
 
 
-def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
-    """dq, dk and dv, "bhsd", after one synchronised forward and backward pass on tensors in the kernel's layout.
+class Pass(NamedTuple):
+    """What a kernel gives in training, "bhsd": copies of its output and its gradients."""
 
-    Raises Unsupported where the kernel says, or shows, that it is forward only; CaseFailed where it fails otherwise.
+    out: torch.Tensor
+    gradients: Inputs
+    complaint: str = ""  # what disqualifies it before any comparison
+
+
+def passes(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]) -> list[Pass]:
+    """Forward passes on tensors in the kernel's layout, one after another as layers make them, then their backward passes.
+
+    Each for itself where they do not fit together. Raises Unsupported where the kernel says, or shows, that it is forward only;
+    CaseFailed where it fails otherwise.
     """
-    call = Backward(kernel, inputs, dout)
+    try:
+        return _together(case, kernel, inputs, douts)
+    except OutOfMemory:
+        if len(inputs) == 1:
+            raise
+    return [one for x, dout in zip(inputs, douts, strict=True) for one in _together(case, kernel, [x], [dout])]
+
+
+def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
+    """dq, dk and dv, "bhsd", after one synchronised forward and backward pass; raises as `passes` does."""
+    return passes(case, kernel, [inputs], [dout])[0].gradients
+
+
+def _together(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]) -> list[Pass]:
+    calls = [Backward(kernel, x, dout) for x, dout in zip(inputs, douts, strict=True)]
+    found: list[Pass] = []
     with guard(case, "backward pass", allowed=True):
         try:
-            call.ready(1)
-            if not call.outs[0].requires_grad:
-                raise Unsupported("forward only: its output carries no gradient")
-            found = call()
+            for call in calls:
+                call.ready(1)
+                if not call.outs[0].requires_grad:
+                    raise Unsupported("forward only: its output carries no gradient")
+            outs = [call.outs[0] for call in calls]
+            before = [out.detach().clone() for out in outs]
+            for call, out, copy in zip(calls, outs, before, strict=True):
+                gradients = call()
+                complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
+                found.append(Pass(copy, gradients, complaint))
         except Unsupported:
             raise
         except Exception as error:
@@ -86,10 +116,16 @@ def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) ->
             raise
         if case.device == "cuda":
             torch.cuda.synchronize()
-    for name, gradient, tensor in zip("qkv", found, inputs, strict=True):
+    return [_validated(case, one, x) for one, x in zip(found, inputs, strict=True)]
+
+
+def _validated(case: Case, found: Pass, inputs: Inputs) -> Pass:
+    for name, gradient, tensor in zip("qkv", found.gradients, inputs, strict=True):
         if gradient.shape != tensor.shape or gradient.dtype != tensor.dtype:
             raise CaseFailed(
                 f"{case.implementation.name} returned d{name} {tuple(gradient.shape)} {gradient.dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}"
             )
-    return Inputs(*(t.transpose(1, 2) for t in found)) if case.implementation.layout == "bshd" else found
+    swap = case.implementation.layout == "bshd"
+    out, *of_inputs = (t.transpose(1, 2) if swap else t for t in (found.out, *found.gradients))
+    return found._replace(out=out, gradients=Inputs(*of_inputs))

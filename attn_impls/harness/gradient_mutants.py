@@ -13,7 +13,7 @@ from ..registry import Kernel
 from ..workload import Workload
 from . import steps
 from .backward_steps import Gradients, broken, summed
-from .mutants import Mutant, bf16, swap
+from .mutants import Mutant, bf16, fp16, swap
 from .steps import TILE, right_mask
 
 # Masks of the recomputed scores
@@ -36,6 +36,9 @@ MASKS = [
     Mutant("backward: window missing", "flag not passed on", also(lambda _w, i, j: j <= i, "window")),
     Mutant("backward: window one key more", "j >= i - window", also(lambda w, i, j: j == i - w.window, "window")),
     Mutant("backward: window one key less", "(window - 2, 0)", but(lambda w, i, j: j == i - w.window + 1, "window")),
+    Mutant("backward: window without the offset", "query index for position", broken(mask=steps.without_offset)),
+    Mutant("backward: window rounded up to 16", "tiles of 16 keys", broken(mask=steps.coarse_window)),
+    Mutant("backward: causal missing for few queries", "taken for decoding", also(steps.few_queries)),
     Mutant("backward: first key dropped", "a loop from 1", but(lambda _w, _i, j: j == 0)),
     Mutant("backward: last key tile dropped", "kv_len // 64 tiles", but(lambda w, _i, j: j >= (w.kv_len - 1) // TILE * TILE)),
 ]
@@ -228,6 +231,10 @@ def many_terms(w: Workload) -> bool:
     return w.causal and w.group * w.q_len >= 256 and w.dtype != torch.float32
 
 
+def wide(w: Workload) -> bool:
+    return w.dtype != torch.float16
+
+
 def added_low(w: Workload, p: Tensor, dout: Tensor) -> Tensor:
     """dV added up over the queries in the workload's dtype."""
     total = torch.zeros_like(p[..., :1, :].mT * dout[..., :1, :])
@@ -238,6 +245,9 @@ def added_low(w: Workload, p: Tensor, dout: Tensor) -> Tensor:
 
 ROUNDING = [
     Mutant("dV added up in the dtype", "16-bit accumulator", broken(dv=added_low), many_terms),
+    Mutant("dout through fp16", "no room for its range", broken(dout=lambda _w, x: fp16(x)), wide),
+    Mutant("ds through fp16", "no room for its range", broken(ds=lambda _w, ds: fp16(ds)), wide),
+    Mutant("small ds flushed", "|ds| < 1e-6 taken for 0", broken(ds=lambda _w, ds: torch.where(ds.abs() < 1e-6, 0.0, ds)), wide),
     Mutant("ds through fp8", "an undeclared quantisation", broken(ds=lambda _w, ds: steps.quantised(ds)), lambda _w: True),
     Mutant("dout through fp8", "an undeclared quantisation", broken(dout=lambda _w, x: steps.quantised(x)), lambda _w: True),
     Mutant("lse through bf16", "kept in the dtype", broken(weights=lse_low), lambda w: w.dtype != torch.bfloat16),

@@ -112,7 +112,8 @@ def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tu
     """
     u = torch.finfo(w.dtype).eps / 2
     summed = w.dtype == torch.float32  # products added up in the dtype itself
-    in_dp, times = (2 * w.v_head_dim**2, 2) if summed else (0, 1)  # a score is computed for the lse, and again beside it
+    sizes = float(inputs.v.double().square().mean() * dout.double().square().mean())  # dp is a sum of v_head_dim products
+    in_dp, times = (2 * w.v_head_dim**2 * sizes, 2) if summed else (0.0, 1)  # a score is computed for the lse, and beside it
     dq, dk, dv = _room(w, inputs, kv_heads, torch.float64)
     squares = [torch.zeros_like(t[..., 0]) for t in (dq, dk, dv)]
     for x in _blocks(w, inputs, dout, kv_heads, torch.float64):

@@ -30,11 +30,25 @@ def as_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return native.clone(memory_format=torch.contiguous_format) if native.data_ptr() == tensor.data_ptr() else native
 
 
+def transposed_in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in the same shape, a view of what is contiguous in the other layout."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def plain(w: Workload, device: str, seed: int) -> Inputs:
     """Standard normal q, k, v, the same for a seed on a type of device. What benchmarks are timed on."""
     generator = torch.Generator(device).manual_seed(seed)
     shapes = w.shapes()
     return Inputs(*(torch.randn(shapes[n], generator=generator, device=device).to(w.dtype) for n in "qkv"))
+
+
+# Powers of two, so that they cost no bit: what goes through float16 on its way overflows in V, and in dout it is lost.
+LOUD, FAINT = 2.0**20, 2.0**-44
+
+
+def loudness(w: Workload) -> float:
+    """What the needles' V is multiplied by, where the dtype has room for it."""
+    return 1.0 if w.dtype == torch.float16 else LOUD
 
 
 # what a needle does to the scores of its query
@@ -46,11 +60,12 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     """`plain`, with some queries pointed at one key each, so that a misplaced mask, tile or head changes whole rows.
 
     Of the queries of each head, about a quarter point at a random visible key, each 64-key tile getting its share,
-    half of them saturated (the key takes nearly all weight) and half not (it takes about half: a wrong scale shows);
+    half of them saturated (the key takes nearly all weight) and half not (it takes about half: a wrong scale shows; or up to
+    20 times the others' weight, so that they still count, which nothing may skip as too light);
     up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
     far end of a window. A few tower: two neighbouring keys score 140 and 128, which only a softmax that subtracts the
     right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart.
-    And a query that sees one key alone scores it -120, so that nothing hidden may leak.
+    And a query that sees one key alone scores it -120, so that nothing hidden may leak. V is loud.
     """
     q, k, v = plain(w, device, seed)
     spots = _spots(w, torch.Generator().manual_seed(seed))
@@ -59,6 +74,7 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     # a query t·key/|key| / scale / |key| gives its key the logit t and the others a spread of t/|key|
     norm = pair[:, 0].norm(dim=-1)
     half = math.log(max(2, w.seen_keys)) + (14.0 / norm) ** 2 / 2
+    half = half + torch.arange(len(half), device=device) // 2 % 4
     tall, low, same = 0.9 * w.softcap, 0.9 * w.softcap - 1.5, torch.ones_like(half)
     wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, tall * same], 1)  # [N, kinds]
     target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind == CAPPED, low, PARTNER)], 1)
@@ -69,7 +85,7 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow
     q[batch, head, row] = query.clamp(-1000, 1000).to(w.dtype)
-    return Inputs(q, k, v)
+    return Inputs(q, k, v * loudness(w))
 
 
 def needle_rows(w: Workload, seed: int) -> torch.Tensor:
@@ -121,7 +137,7 @@ def _spread(w: Workload, generator: torch.Generator) -> torch.Tensor:
     """Needles (flat batch · heads + head, query, key, kind) at random visible keys, each tile getting its share."""
     heads = w.batch * w.heads
     tiles = math.ceil(w.kv_len / 64)
-    per_head = max(1, min(w.q_len // 4, 2 * tiles))
+    per_head = max(1, min(w.q_len // 4, 4 * tiles))
     n = heads * per_head
     index = torch.arange(n)
     which = index // per_head  # flat (batch, head)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..registry import REGISTRY, Kernel, Unsupported
+from ..registry import REGISTRY, Kernel, Unsupported, in_layout
 from ..workload import Workload
 from . import backward, gradients
 from . import inputs as make
 from .approximate import loosened
 from .case import Case, CaseFailed, DeviceLost, build, call
-from .inputs import Inputs, as_layout
+from .inputs import Inputs, as_layout, transposed_in_memory
 from .oracle import Reference, reference
 
 POISON_BYTES = 2**28
@@ -96,11 +96,24 @@ class Problem:
         prefer = make.needle_rows(self.workload, self.seed + 1)
         return reference(self.workload, self.needles, self.seed, prefer), reference(self.workload, self.plain, self.seed)
 
+    def judged(self, approximate: bool | str) -> tuple[Inputs, Inputs]:
+        """The needles and the plain inputs. The needles' V is loud, but not for the approximate, which may hold it in float16."""
+        return (self._quiet if approximate else self.needles), self.plain
+
+    @cached_property
+    def _quiet(self) -> Inputs:
+        return self.needles._replace(v=self.needles.v / make.loudness(self.workload))
+
+    def exact(self, approximate: bool | str) -> tuple[Reference, Reference]:
+        """The answers to what is judged, with the budgets of the workload's dtype."""
+        needles, plain = self.references
+        return needles.times(1 / make.loudness(self.workload)) if approximate else needles, plain
+
     def known(self, approximate: bool | str) -> tuple[Reference, Reference]:
-        """`references`, with the budgets of the class that an implementation declares."""
+        """The same with the budgets of the class that an implementation declares."""
         if approximate not in self._classes:
-            inputs = self.needles, self.plain
-            one, two = (loosened(self.workload, x, known, approximate) for x, known in zip(inputs, self.references, strict=True))
+            both = zip(self.judged(approximate), self.exact(approximate), strict=True)
+            one, two = (loosened(self.workload, x, known, approximate) for x, known in both)
             self._classes[approximate] = one, two
         return self._classes[approximate]
 
@@ -122,9 +135,9 @@ class Problem:
 
     @cached_property
     def douts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Upstream gradients for the needles and the plain inputs."""
+        """Upstream gradients for the needles, faint as behind a mean over many tokens, and for the plain inputs."""
         first, second = (gradients.upstream(self.workload, self.device, seed) for seed in (self.seed + 1, self.seed))
-        return first, second
+        return first if self.workload.dtype == torch.float16 else first * make.FAINT, second
 
     def call(self, case: Case, kernel: Kernel) -> Callable[[], Any]:
         """What is timed of a case: its kernel, its gradients, or both, on the plain inputs in its layout."""
@@ -188,29 +201,41 @@ class Problem:
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")
         layout = case.implementation.layout
+        natives = [inputs.as_layout(layout) for inputs in (self.needles, self.plain)]
+        # behind an output projection, dout is a view of another layout
+        douts = [transposed_in_memory(as_layout(self.douts[0], layout)), as_layout(self.douts[1], layout)]
+        twice = []
+        for _ in range(2):
+            poison(self.workload, self.device)
+            twice.append(backward.passes(case, kernel, natives, douts))
         found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
-        for n, original in enumerate((self.needles, self.plain)):
-            copy, dout = original.as_layout(layout), self.douts[n]
-            native = as_layout(dout, layout)
-            twice = []
-            for _ in range(2):
-                poison(self.workload, self.device)
-                twice.append(Inputs(*(t.clone() for t in backward.gradients(case, kernel, copy, native))))
-            changed = _complaint(None, Inputs(*original), copy, layout)
-            if not changed and not torch.equal(dout, native if layout == "bhsd" else native.transpose(1, 2)):
-                changed = "changed dout, its upstream gradient"
+        for n, (original, native) in enumerate(zip((self.needles, self.plain), natives, strict=True)):
+            complaint = _complaint(None, original, native, layout)
+            if not complaint and not torch.equal(in_layout(self.douts[n], layout), douts[n]):
+                complaint = "changed dout, its upstream gradient"
+            verdict = self._training_output(self.references[n], [one[n] for one in twice], complaint)
+            if verdict.failure:
+                return verdict
             for name in "qkv":
                 known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
-                ours, theirs = [getattr(one, name) for one in twice], sdpa and getattr(sdpa, name)
-                found[name].append(self._gradient_verdict(name, known, ours, theirs, changed))
+                ours, theirs = [getattr(one[n].gradients, name) for one in twice], sdpa and getattr(sdpa, name)
+                found[name].append(self._gradient_verdict(name, known, ours, theirs))
         return _worst_of(found)
 
-    def _gradient_verdict(
-        self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None, complaint: str
-    ) -> Verdict:
+    def _training_output(self, known: Reference, twice: list[backward.Pass], complaint: str) -> Verdict:
+        """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
+        outs = [one.out for one in twice]
+        of, repeatable = "the output of its training pass", torch.equal(*outs)
+        complaint = complaint or _nan(outs[0]) or twice[0].complaint
+        if complaint:
+            return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=of)
+        worst, drift = (max(map(figure, outs)) for figure in (known.over_budget, known.drift_over_budget))
+        return Verdict(worst, known.rms_over_budget(outs[0]), None, None, repeatable, drift, of=of)
+
+    def _gradient_verdict(self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None) -> Verdict:
         """Of one gradient for one of the inputs."""
         repeatable = torch.equal(*twice)
-        complaint = complaint or _nan(twice[0])
+        complaint = _nan(twice[0])
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=f"d{name}")
         heads = self.gradient_heads[name]
@@ -226,28 +251,34 @@ class Problem:
         )
 
     def judge(self, case: Case, kernel: Kernel) -> Verdict:
-        """Run the kernel twice on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if it raises."""
+        """Run the kernel twice on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if it raises.
+
+        Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
+        """
+        approximate, layout = case.implementation.approximate, case.implementation.layout
         errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
-        repeatable = True
-        for n, original in enumerate((self.needles, self.plain)):
-            exact, known = self.references[n], self.known(case.implementation.approximate)[n]
-            copy = original.as_layout(case.implementation.layout)
+        repeatable, native = True, self.needles.as_layout(layout)
+        for n, original in enumerate(self.judged(approximate)):
+            exact, known = self.exact(approximate)[n], self.known(approximate)[n]
+            for there, values in zip(native, original, strict=True):
+                there.copy_(in_layout(values, layout))
             outs = []
             for _ in range(2):
                 poison(self.workload, self.device)
-                out = call(case, kernel, copy)
-                outs.append(out.transpose(1, 2) if case.implementation.layout == "bshd" else out)
+                out = call(case, kernel, native)
+                outs.append(out.transpose(1, 2) if layout == "bshd" else out)
                 outs[-1] = outs[-1].clone()  # a kernel may hand out the same buffer again
             repeatable &= torch.equal(*outs)
-            complaint = _complaint(outs[0], original, copy, case.implementation.layout)
+            complaint = _complaint(outs[0], original, native, layout)
             if complaint:
                 return Verdict(float("inf"), float("inf"), None, None, repeatable, complaint=complaint)
             errors += [known.over_budget(out) for out in outs]
             drifts += [known.drift_over_budget(out) for out in outs]
             rms.append(known.rms_over_budget(outs[0]))
             if self.sdpa:
-                apart += [known.apart(out, self.sdpa[n], exact) for out in outs]
-                sdpa_errors.append(exact.over_budget(self.sdpa[n]))
+                theirs = self.sdpa[n] / make.loudness(self.workload) if approximate and n == 0 else self.sdpa[n]
+                apart += [known.apart(out, theirs, exact) for out in outs]
+                sdpa_errors.append(exact.over_budget(theirs))
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 

@@ -65,6 +65,7 @@ DROPPED = [
     Mutant("last key dropped", "j < kv_len - 1", but(lambda w, _i, j: j == w.kv_len - 1)),
     Mutant("last key of each tile dropped", "j < 63 in a tile", but(lambda _w, _i, j: j % TILE == TILE - 1)),
     Mutant("last 16 keys dropped", "one MMA step too few", but(lambda w, _i, j: j >= w.kv_len - 16)),
+    Mutant("keys after eight equal splits dropped", "kv_len // 8 keys each", but(lambda w, _i, j: j >= w.kv_len // 8 * 8)),
     Mutant("one query misses a tile", "tile count of another row", but(lambda w, i, j: (i == w.kv_len - 1) & (j < TILE))),
 ]
 
@@ -84,6 +85,9 @@ MASKS = [
         "first tile of the window not masked",
         also(lambda w, i, j: (j // TILE >= (i - w.window + 1) // TILE) & (j <= i), "window"),
     ),
+    Mutant("window without the offset", "query index for position", broken(mask=steps.without_offset)),
+    Mutant("window rounded up to 16", "tiles of 16 keys", broken(mask=steps.coarse_window)),
+    Mutant("causal missing for few queries", "taken for decoding", also(steps.few_queries)),
     Mutant("hidden scores 0", "mask multiplied, not filled", broken(hidden=0.0)),
     Mutant("hidden scores -100", "finite fill, not low enough", broken(hidden=-100.0)),
 ]
@@ -125,7 +129,7 @@ SCORES = [
     Mutant("softcap missing", "not passed on", broken(cap=lambda _w, s, _m: s)),
     Mutant("softcap doubled", "a constant", broken(cap=lambda w, s, m: right_cap(w.replace(softcap=2 * w.softcap), s, m))),
     Mutant("softcap before the scale", "order of the two", broken(cap=cap_unscaled)),
-    Mutant("softcap after the mask", "tanh(-inf) = -1: hidden keys leak", leaking_cap),
+    Mutant("softcap after the mask", "tanh(-inf) = -1: hidden keys leak", leaking_cap, lambda w: w.offset <= 0),
 ]
 
 
@@ -134,6 +138,11 @@ def zero_last(x: Tensor, n: int) -> Tensor:
 
 
 # Softmax
+
+
+def several_tiles(w: Workload) -> bool:
+    return w.kv_len > 2 * TILE and not w.softcap
+
 
 SOFTMAX = [
     Mutant("no max-subtraction", "exp overflows", broken(weights=steps.unshifted)),
@@ -144,6 +153,7 @@ SOFTMAX = [
     Mutant("neighbour's max past a tile boundary", "row index off by one", broken(weights=steps.neighbours_peak)),
     Mutant("accumulator not rescaled", "online softmax", broken(weights=steps.accumulator_not_rescaled)),
     Mutant("denominator not rescaled", "online softmax", broken(weights=steps.total_not_rescaled)),
+    Mutant("light key tiles skipped", "below 2⁻⁸ of the running max", broken(weights=steps.light_tiles_skipped), several_tiles),
     Mutant("padding in the denominator", "last tile's zero-filled keys", broken(weights=steps.padding_counted)),
     Mutant("denominator missing", "lse never applied", broken(weights=steps.unnormalised)),
     Mutant("key tile visited twice", "loop increment", broken(weights=steps.tile_twice)),
@@ -174,6 +184,7 @@ def first_of_batch(_w: Workload, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
 INDICES = [
     Mutant("GQA map h % kv", "interleaved heads", broken(kv_head=lambda w, h: h % w.kv_heads)),
     Mutant("GQA map of a neighbour", "off by one", broken(kv_head=lambda w, h: min(h // w.group + 1, w.kv_heads - 1))),
+    Mutant("GQA map by a shift", "groups of a power of two", broken(kv_head=lambda w, h: h >> (w.group - 1).bit_length())),
     Mutant("one KV head for all", "KV head stride 0", broken(kv_head=lambda _w, _h: 0)),
     Mutant("two heads swapped", "head index", broken(after=lambda _w, out: swap(out, 1))),
     Mutant("two queries swapped", "row index", broken(after=lambda _w, out: swap(out, 2))),
@@ -201,11 +212,11 @@ def rows_lost(first: Callable[[Workload], int]) -> Callable[[Workload], Kernel]:
 
 
 def one_value(change: Callable[[Tensor], Tensor | float]) -> Callable[[Workload], Kernel]:
-    """One element of the last row changed."""
+    """The first element of the last row changed, by what `change` makes of the row."""
 
     def after(_w: Workload, out: Tensor) -> Tensor:
         out = out.clone()
-        out[-1, -1, -1, 0] = change(out[-1, -1, -1, 0])
+        out[-1, -1, -1, 0] = change(out[-1, -1, -1])
         return out
 
     return broken(after=after)
@@ -231,9 +242,9 @@ OUTPUTS = [
     Mutant("last query unwritten", "i < q_len - 1", rows_lost(lambda w: w.q_len - 1)),
     Mutant("previous call's output", "a buffer returned too early", remembering(-2)),
     Mutant("first call's output", "a graph captured once", remembering(0)),
-    Mutant("one NaN", "0 / 0 in a row", one_value(lambda _x: math.nan)),
-    Mutant("one infinity", "overflow in a row", one_value(lambda _x: -math.inf)),
-    Mutant("one value's sign", "register clobbered", one_value(lambda x: -x - 0.1)),
+    Mutant("one NaN", "0 / 0 in a row", one_value(lambda _row: math.nan)),
+    Mutant("one infinity", "overflow in a row", one_value(lambda _row: -math.inf)),
+    Mutant("one value's sign", "register clobbered", one_value(lambda row: -row[0] - row.abs().mean() / 8)),
     Mutant("output × 0.995", "1 / (1 - p) without dropout, a wrong log2(e)", broken(after=lambda _w, out: 0.995 * out)),
     Mutant("zeros", "nothing launched", broken(after=lambda _w, out: torch.zeros_like(out))),
     Mutant("mean of V", "scores never computed", broken(inputs=lambda _w, q, k, v: (torch.zeros_like(q), k, v))),
@@ -251,8 +262,12 @@ def bf16(x: Tensor) -> Tensor:
     return steps.rounded(x, torch.bfloat16)
 
 
+def fp16(x: Tensor) -> Tensor:
+    return steps.rounded(x, torch.float16)
+
+
 def sums_low(w: Workload) -> bool:
-    return w.kv_len >= 128 and w.dtype != torch.float32
+    return w.kv_len >= 128 and w.window == 0 and w.dtype != torch.float32
 
 
 ROUNDING = [
@@ -262,10 +277,17 @@ ROUNDING = [
         "weights truncated",
         "bf16 by cutting bits off: every row comes out short",
         broken(product=lambda _w, p, v: steps.cut(p) @ v),
-        lambda w: w.q_len > 1,
+        lambda w: w.q_len > 16,  # rows enough for their mean to show it
     ),
     Mutant("inputs through TF32", "allow_tf32", through(steps.tf32), lambda w: w.dtype == torch.float32),
     Mutant("inputs through bf16", "a cast", through(bf16), lambda w: w.dtype != torch.bfloat16),
+    Mutant("V through fp16", "no room for its range", through(fp16, "v"), lambda w: w.dtype != torch.float16),
+    Mutant(
+        "output through fp16",
+        "no room for its range",
+        broken(after=lambda _w, out: fp16(out)),
+        lambda w: w.dtype != torch.float16,
+    ),
     Mutant("K through fp8", "an undeclared quantisation", through(steps.quantised, "k"), lambda _w: True),
     Mutant("V through fp8", "an undeclared quantisation", through(steps.quantised, "v"), lambda _w: True),
     Mutant(

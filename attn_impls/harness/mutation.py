@@ -35,6 +35,7 @@ WORKLOADS = tuple(
             "b1-h3-q140kv70-d64-causal-bf16",  # rows that see nothing
             "b2-h8kv2-q1kv690-d64-causal-bf16",
             "b1-h6kv2-s150-d96v64-bf16",
+            "b3-h6kv2-q5kv133-d80-causal-win37-cap20-scale50-bf16",  # all at once, few queries
         ),
     )
 )

@@ -13,7 +13,7 @@ from .sharded import Calls, SpreadVerdict, Trial
 def check(trial: Trial) -> SpreadVerdict:
     """Run the plan twice on each of two inputs and compare every rank's result with the unsharded answer."""
     case, plan, problem = trial.case, trial.plan, trial.problem
-    both = problem.needles, problem.plain
+    both = problem.judged(case.implementation.approximate)
 
     def known() -> list[answers.Reference]:
         held = partial(answers.held, case.workload, holding=plan.holding, size=plan.spread.size)
@@ -55,8 +55,8 @@ def _unsharded_error(trial: Trial) -> float:
     """The worst row of the whole problem's kernel on one rank."""
     case, problem, errors = trial.case, trial.problem, []
     assert trial.whole
-    judged = problem.known(case.implementation.approximate)
-    for inputs, known in zip((problem.needles, problem.plain), judged, strict=True):
+    approximate = case.implementation.approximate
+    for inputs, known in zip(problem.judged(approximate), problem.known(approximate), strict=True):
         out = call(case, trial.whole, inputs.as_layout(case.implementation.layout))
         errors.append(known.over_budget(out if case.implementation.layout == "bhsd" else out.transpose(1, 2)))
     return max(errors)

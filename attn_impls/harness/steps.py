@@ -34,6 +34,21 @@ def fewer_keys(where: Where, needs: str = "kv_len") -> Where:
     return lambda w, i, j: right_mask(w, i, j) & ~(where(w, i, j) & bool(getattr(w, needs)))
 
 
+def without_offset(w: Workload, i: Tensor, j: Tensor) -> Tensor:
+    """A window by the query's index, not by its position among the keys."""
+    return (j <= i) & (j > i - w.offset - w.window) if w.window else right_mask(w, i, j)
+
+
+def coarse_window(w: Workload, i: Tensor, j: Tensor) -> Tensor:
+    """A window rounded up to 16 keys."""
+    return right_mask(w.replace(window=-(-w.window // 16) * 16), i, j)
+
+
+def few_queries(w: Workload, _i: Tensor, j: Tensor) -> Tensor:
+    """Every key, for as few queries as are packed for decoding."""
+    return (j >= 0) & (1 < w.q_len <= 16)
+
+
 def right_cap(w: Workload, scores: Tensor, _visible: Tensor) -> Tensor:
     return torch.tanh(scores / w.softcap) * w.softcap if w.softcap else scores
 
@@ -142,6 +157,12 @@ def accumulator_not_rescaled(_w: Workload, scores: Tensor) -> Tensor:
 
 def total_not_rescaled(_w: Workload, scores: Tensor) -> Tensor:
     return normalised(exp(scores - peak(scores)), exp(scores - running_peak(scores)).sum(-1, keepdim=True))
+
+
+def light_tiles_skipped(_w: Workload, scores: Tensor) -> Tensor:
+    """Tiles whose largest weight is below 2⁻⁸ of the maximum so far are taken for nothing."""
+    tile = torch.cat([t.amax(-1, keepdim=True).expand_as(t) for t in scores.split(TILE, -1)], -1)
+    return normalised(torch.where(tile < running_peak(scores) - 8 * math.log(2), 0.0, exp(scores - peak(scores))))
 
 
 def padding_counted(w: Workload, scores: Tensor) -> Tensor:
