@@ -2,9 +2,12 @@
 
 import re
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+from attn_impls.harness import outside
 from attn_impls.harness.options import OPTIONS
 
 ID = "b1-h2-s32-d16-fp32"
@@ -333,3 +336,14 @@ def test_benchmarks_skipped(run_suite):
     assert "8 passed, 2 skipped" in run.out
     assert not run.table
     assert not list(run.cwd.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_of_another_folder_needs_an_equals_sign(monkeypatch, tmp_path, folder, told):
+    """pytest has no pytest.ini then, and with it none of the suite's options."""
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.chdir(folder)
+    config = SimpleNamespace(inipath=None if told else folder / "pytest.ini")
+    arguments = ["-m", "correctness", "--impl", str(tmp_path / "mine.py")]
+    with pytest.raises(pytest.UsageError, match=r"write --impl=.*mine\.py") if told else nullcontext():
+        outside.pytest_load_initial_conftests(config, arguments)
