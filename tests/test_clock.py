@@ -107,19 +107,51 @@ def counting_gpu(start):
     return gpu
 
 
+@pytest.mark.parametrize("looking", [0, 1, 2, 3])
 @pytest.mark.parametrize("launches", [1, 3, 4, 5, 8])
 @pytest.mark.parametrize("rounds", [20, 100])
-def test_no_case_meets_the_late_launch_in_every_round_nor_in_none(launches, rounds):
-    """Whatever it is timed beside, and wherever the process stands."""
+def test_no_case_meets_the_late_launch_in_every_round_nor_in_none(launches, rounds, looking):
+    """Whatever it is timed beside, however many launches look at its output, and wherever the process stands."""
     few = launches // 4 + (launches % 4 == 3)
     for partner in (None, *range(1, 8)):
         for start in range(4):
             gpu = counting_gpu(start)
             beside = launching(gpu, partner) if partner else None
-            timing = measure.run(Rounds(), DeviceClock(gpu), launching(gpu, launches), beside, rounds)
+            seen = launching(gpu, looking)
+            calls = launching(gpu, launches), beside
+            timing = measure.run(Rounds(), DeviceClock(gpu), *calls, rounds, seen=lambda _, seen=seen: seen())
             assert timing.median == pytest.approx(launches * KERNEL + few * SLOW, rel=1e-9)
             met = {round((one.seconds - launches * KERNEL) / SLOW) for one in timing.samples}
             assert len(met) == (2 if launches % 4 else 1)
+
+
+@pytest.mark.parametrize("stalls", [0, 1, 2])
+def test_an_output_is_seen_once_after_its_kept_sample_has_ended(stalls):
+    gpu, made, seen = FakeGpu(event_seconds=2e-6), [], []
+
+    def call():
+        gpu.log.append("call")
+        gpu.work(3 * FIRST_SPIN * 6 ** len(made) if len(made) < stalls else 0.0)  # longer each time than the spin by then
+        gpu.enqueue(KERNEL)
+        made.append(len(made))
+        return made[-1]
+
+    def look(out):
+        assert gpu.host >= gpu.drained  # the device has ended
+        gpu.log.append("look")
+        gpu.enqueue(5e-3)
+        seen.append(out)
+
+    clock, subject = DeviceClock(gpu, 2e-6), Subject(call, seen=look)
+    for n in range(3):
+        clock.prepare(subject)
+        assert clock.sample(subject).seconds == pytest.approx(KERNEL, rel=1e-9)
+        assert seen == [stalls + kept for kept in range(n + 1)]
+    assert clock.retries == stalls
+    assert clock.now == pytest.approx(3 * KERNEL, rel=1e-9)
+    calls = [at for at, entry in enumerate(gpu.log) if entry == "call"]
+    assert all(gpu.log[at - 1] == gpu.log[at + 1] == "record" for at in calls)
+    assert [gpu.log[at + 2 : at + 3] for at in calls] == stalls * [["flush"]] + 3 * [["look"]]
 
 
 def test_only_samples_advance_the_clock():
@@ -199,6 +231,21 @@ def host_clock(per_call):
         now.calls += 1
 
     return HostClock(lambda: now.seconds), now, call
+
+
+def test_host_clock_shows_the_last_output_of_a_round_after_it():
+    clock, now, call = host_clock(2.0**-10)
+    seen = []
+
+    def look(out):
+        seen.append(out)
+        now.seconds += 5.0
+
+    subject = Subject(lambda: call() or now.calls, 8, seen=look)
+    for n in (1, 2):
+        clock.prepare(subject)
+        assert clock.sample(subject).seconds == 2.0**-10
+        assert seen == [8, 16][:n]
 
 
 @pytest.mark.parametrize("loops", [1, 7, 1000])

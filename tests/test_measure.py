@@ -1,5 +1,6 @@
 """Rounds, plans, paired ratios and flags of a timed case, with a fake clock and with pytest-benchmark's own fixture."""
 
+import itertools
 import json
 import math
 import random
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from attn_impls.harness import measure
-from attn_impls.harness.clock import Sample
+from attn_impls.harness.clock import HostClock, Sample
 from attn_impls.harness.measure import Timing, facts, paired_ratio
 
 pytest_plugins = ["pytester"]
@@ -93,6 +94,13 @@ def test_timing_holds_the_timed_rounds_only(run, rounds, warmup):
     both = [sorted(pair) for pair in zip(timing.samples, timing.baseline, strict=True)]
     assert all(later.seconds - earlier.seconds == 2 for earlier, later in both)  # of one round, neighbours in the log
     assert timing.median == statistics.median(benchmark.data)
+
+
+def test_outputs_of_the_case_are_seen_and_not_the_baseline_s():
+    seen, clock, made = [], HostClock(), itertools.count()
+    measure.run(FakeBenchmark(clock), clock, lambda: next(made), lambda: BASELINE, 5, 3, seen.append)
+    assert len(seen) == 2 + 3 + 5
+    assert BASELINE not in seen
 
 
 def test_without_a_baseline_only_the_case_runs(run):

@@ -46,11 +46,15 @@ def make_ready(call: Callable[[], Any], calls: int = 1) -> None:
 
 @dataclass
 class Subject:
-    """Something to time: a call without arguments, how often to loop it a round, and the samples so far."""
+    """Something to time: a call without arguments, how often to loop it a round, and the samples so far.
+
+    seen: called with the output of each sample's (last) call, after its time was taken.
+    """
 
     call: Callable[[], Any]
     loops: int = 1
     samples: list[Sample] = field(default_factory=list)
+    seen: Callable[[Any], None] | None = field(default=None, kw_only=True)
 
 
 class Event(Protocol):
@@ -186,7 +190,7 @@ class DeviceClock:
             spun = self.spin.cycles
             self._start.record()
             enqueued = self.driver.host_time()
-            subject.call()
+            out = subject.call()
             host = self.driver.host_time() - enqueued
             self._stop.record()
             late = self._start.query()
@@ -200,10 +204,13 @@ class DeviceClock:
             if not late or spun >= MAX_CYCLES:
                 break
             self.retries += 1
+            del out  # or the next call's would stand beside it
             self.prepare(subject)
         sample = Sample(seconds, host, 1e-6 / self._cycle if self._gapless else float("nan"), late)
         subject.samples.append(sample)
         self.now += seconds
+        if subject.seen:
+            subject.seen(out)
         return sample
 
 
@@ -238,15 +245,18 @@ class HostClock:
 
     def sample(self, subject: Subject) -> Sample:
         """Time `subject.loops` calls; the clock advances by one call's share."""
-        loops, call = range(subject.loops), subject.call
+        discarded, call = range(subject.loops - 1), subject.call
         start = self.host_time()
-        for _ in loops:
+        for _ in discarded:
             call()
+        out = call()  # alone: an output that lives on while the next is made would give that one other memory
         host = (self.host_time() - start) / subject.loops
         seconds, _, _ = self.agree(host, False, 0.0)
         sample = Sample(seconds, host, float("nan"), False)
         subject.samples.append(sample)
         self.now += seconds
+        if subject.seen:
+            subject.seen(out)
         return sample
 
 

@@ -48,10 +48,14 @@ def run(
     baseline: Callable[[], Any] | None,
     rounds: int | None = None,
     warmup_rounds: int | None = None,
+    seen: Callable[[Any], None] | None = None,
 ) -> Timing:
-    """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones."""
+    """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones.
+
+    seen: called with the output of each round of `call`, those that plan and warm up included.
+    """
     clock.reset()
-    subject, other = Subject(call), Subject(baseline) if baseline else None
+    subject, other = Subject(call, seen=seen), Subject(baseline) if baseline else None
     planned, warmup = plan(clock, [s for s in (subject, other) if s], clock.sample)
     rounds = rounds or planned
     warmup = warmup if warmup_rounds is None else warmup_rounds
