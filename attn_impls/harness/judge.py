@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -282,6 +282,17 @@ class Problem:
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 
+    def timed_error(self, case: Case, parts: Sequence[torch.Tensor]) -> tuple[float, str]:
+        """How wrong a timed call's output, or dq, dk and dv, is: the worst row's share of its budget, and that in words."""
+        if case.implementation.layout == "bshd":
+            parts = [part.transpose(1, 2) for part in parts]
+        if case.direction == "forward":
+            return _worst_row(parts[0], parts[0], self.known(case.implementation.approximate)[1], "")
+        known, heads = self.gradient_references[1], self.gradient_heads
+        named = zip("qkv", parts, strict=True)
+        found = [_worst_row(part, part[:, heads[name]], known[name], f" of d{name}") for name, part in named]
+        return max(found, key=lambda one: one[0])
+
 
 def poison(w: Workload, device: str) -> None:
     """Leave NaN in the memory that the allocator will hand out next: what writes nothing must not look right."""
@@ -314,6 +325,14 @@ def _worst_of(found: dict[str, list[Verdict]]) -> Verdict:
 
 def _most(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
+
+
+def _worst_row(out: torch.Tensor, judged: torch.Tensor, known: Reference, of: str) -> tuple[float, str]:
+    """The error of an output by those of its heads that are known, over its budget, and in words; infinity for any NaN."""
+    if nan := _nan(out):
+        return math.inf, nan + of
+    error = known.over_budget(judged)
+    return error, f"its worst row{of} errs {error:.3g} × the budget"
 
 
 def _nan(out: torch.Tensor) -> str:

@@ -23,6 +23,7 @@ from .identity import identity
 from .inputs import as_layout
 from .journal import Journal
 from .judge import Problem, Verdict
+from .outputs import Outputs
 from .ranks import Ranks
 from .selection import Selection
 from .spread import Spreads
@@ -188,9 +189,12 @@ class Session:
             raise CaseFailed(f"{name} {objection}; it is not timed")
         call = problem.call(case, kernel)
         baseline = None if sdpa_is_wrong else self._baseline(case, problem)
+        outputs = Outputs(case, problem)
         with _nothing_saved_unless_whole(benchmark), problem.handing_out(layout):
             with guard(case, "kernel"):
-                timing = measure.run(benchmark, self.clock, call, baseline, self.selection.rounds, self.selection.warmup_rounds)
+                rounds = self.selection.rounds, self.selection.warmup_rounds
+                timing = measure.run(benchmark, self.clock, call, baseline, *rounds, seen=outputs.see)
+            wrong = outputs.failure()
             facts: dict[str, Any] = {}
             if benchmark.enabled:
                 self.reject_impossible(case, timing.median)
@@ -199,6 +203,8 @@ class Session:
                     facts["kernels"] = profile.kernel_names(call, self.device)
             if complaint := problem.changed(layout):
                 raise CaseFailed(f"{name} {complaint} while it was timed")
+            if wrong:
+                raise CaseFailed(f"{name} {wrong}")
             if not benchmark.enabled:
                 return
             facts |= self._describe(case, timing.median, verdict) | {"build_s": build_seconds, "probes": probes.brief(answers)}

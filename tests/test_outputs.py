@@ -1,0 +1,224 @@
+"""What timed rounds put out: kernels that pass every check before the rounds, and are wrong in some of them."""
+
+import gc
+import re
+
+import pytest
+import torch
+from fake_gpu import FakeGpu
+from fakes import Rounds
+
+from attn_impls import Workload
+from attn_impls.harness import measure
+from attn_impls.harness.backward_steps import broken
+from attn_impls.harness.case import Case, CaseFailed
+from attn_impls.harness.clock import DeviceClock, HostClock
+from attn_impls.harness.judge import Problem
+from attn_impls.harness.outputs import MOST_JUDGED, Outputs
+from attn_impls.registry import Implementation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+W = Workload.parse("b1-h4kv2-s33-d16-causal-fp32")
+ROWS = W.heads * W.q_len
+PLANNED = 2  # rounds before the first warm-up
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Problem(W, "cpu", 0)
+
+
+def failure_of(problem, kernel, rounds=100, direction="forward", layout="bhsd", clock=None, approximate=False):
+    """What is said of a kernel (q, k, v, number of the call) after some rounds, "" if nothing."""
+    calls = iter(range(1, 10**6))
+
+    def counted(*tensors):
+        q, k, v = (t.transpose(1, 2) for t in tensors) if layout == "bshd" else tensors
+        out = kernel(q, k, v, next(calls))
+        return out.transpose(1, 2) if layout == "bshd" else out
+
+    implementation = Implementation("mine", lambda _: counted, layout=layout, approximate=approximate)
+    case = Case(problem.workload, implementation, "cpu", direction)
+    outputs, call = Outputs(case, problem), problem.call(case, counted)
+    measure.run(Rounds(), clock or DeviceClock(FakeGpu()), call, None, rounds - PLANNED, 0, outputs.see)
+    return outputs.failure()
+
+
+right = broken()(W)
+noise = torch.Generator().manual_seed(0)
+
+
+def unrepeatable(q, k, v, _=0):
+    """A right kernel that never gives the same bits: some elements are off by one unit in the last place."""
+    out = right(q, k, v)
+    return torch.where(torch.rand(out.shape, generator=noise) < 0.1, out.nextafter(torch.tensor(torch.inf)), out)
+
+
+def spoilt(wrong, kernel=lambda q, k, v, _: right(q, k, v), spoil=lambda out: out * 0):
+    """A kernel whose output is spoilt in the rounds that `wrong` says."""
+    return lambda q, k, v, n: spoil(kernel(q, k, v, n)) if wrong(n) else kernel(q, k, v, n)
+
+
+def one_row(out):
+    out = out.clone()
+    out[0, 3, 7] = out[0, 3, 8]
+    return out
+
+
+def one_nan(out):
+    out = out.clone()
+    out[0, 3, 7, 1] = torch.nan
+    return out
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("kernel", [lambda q, k, v, _: right(q, k, v), unrepeatable], ids=["repeats itself", "does not"])
+def test_a_right_kernel_passes(problem, kernel, layout):
+    assert failure_of(problem, kernel, layout=layout) == ""
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_two_wrong_rounds_of_a_hundred_are_told_with_the_first_and_the_worst_row(problem, layout):
+    said = failure_of(problem, spoilt(lambda n: n in (41, 87), spoil=one_row), layout=layout)
+    start = "differs from the float64 oracle in 2 of 100 rounds, warm-up included (first: round 41): its worst row errs "
+    assert said.startswith(start)
+    assert float(said.removeprefix(start).removesuffix(" × the budget")) > 100
+
+
+def test_rounds_that_deviate_and_are_not_judged_are_counted_apart(problem):
+    said = failure_of(problem, spoilt(lambda n: n % 7 == 0))
+    assert "in at least 10 of 100 rounds, warm-up included (first: round 7; 4 more that deviate were not judged): " in said
+    said = failure_of(problem, spoilt(lambda n: n % 7 == 0), rounds=7 * MOST_JUDGED)
+    assert f"in {MOST_JUDGED} of {7 * MOST_JUDGED} rounds, warm-up included (first: round 7): " in said
+
+
+@pytest.mark.parametrize("spoil", [one_row, one_nan, torch.zeros_like])
+@pytest.mark.parametrize("round_", [5, 95])
+def test_one_wrong_round_among_many_that_deviate_is_found(problem, round_, spoil):
+    said = failure_of(problem, spoilt(lambda n: n == round_, unrepeatable, spoil))
+    assert re.search(rf"in at least 1 of 100 rounds, warm-up included \(first: round {round_}; \d+ more that deviate", said)
+
+
+def test_few_of_many_deviating_rounds_are_judged(problem, monkeypatch):
+    judged, judge = [], Problem.timed_error
+    monkeypatch.setattr(Problem, "timed_error", lambda *args: judged.append(args) or judge(*args))
+    assert failure_of(problem, lambda q, k, v, _: right(q, k, v)) == ""
+    assert len(judged) == 1
+    assert failure_of(problem, unrepeatable, rounds=400) == ""
+    assert MOST_JUDGED + 2 <= len(judged) <= MOST_JUDGED + 20
+
+
+def test_a_wrong_first_round_counts_with_all_that_are_like_it(problem):
+    assert "in 1 of 9 rounds, warm-up included (first: round 1): " in failure_of(problem, spoilt(lambda n: n == 1), rounds=9)
+    assert "in 9 of 9 rounds, warm-up included (first: round 1): " in failure_of(problem, spoilt(lambda n: n > 0), rounds=9)
+    assert "in 7 of 9 rounds, warm-up included (first: round 1): " in failure_of(problem, spoilt(lambda n: n % 4), rounds=9)
+
+
+def test_nan_is_told_as_such(problem):
+    said = failure_of(problem, spoilt(lambda n: n == 17, spoil=one_nan))
+    assert said.endswith(f"in 1 of 100 rounds, warm-up included (first: round 17): returned NaN in 1 of {ROWS} rows")
+    said = failure_of(problem, spoilt(lambda n: n > 0, spoil=one_nan), rounds=9)
+    assert f"in 9 of 9 rounds, warm-up included (first: round 1): returned NaN in 1 of {ROWS} rows" in said
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [(None, "returned NoneType, not a tensor"), (torch.zeros(1), r"returned shape \(1,\), expected \(1, 4, 33, 16\)")],
+)
+def test_what_is_no_output_fails_in_any_round(problem, out, words):
+    with pytest.raises(CaseFailed, match=words):
+        failure_of(problem, lambda q, k, v, n: out if n == 50 else right(q, k, v))
+
+
+@pytest.mark.parametrize("wrong", [None, 1, 6])
+def test_one_buffer_for_all_outputs_is_seen_through(problem, wrong):
+    buffer = torch.empty(W.shapes()["out"])
+    said = failure_of(problem, lambda q, k, v, n: buffer.copy_(right(q, k, v) * (n != wrong)), rounds=9)
+    assert said == "" if wrong is None else f"in 1 of 9 rounds, warm-up included (first: round {wrong}): " in said
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("direction", ["backward", "forward+backward"])
+def test_a_gradient_that_is_wrong_once_is_named(problem, direction, layout, name):
+    said = failure_of(problem, once_wrong(name, 11), 20, direction, layout)
+    start = "differs from the float64 oracle in 1 of 20 rounds, warm-up included (first: round 11): "
+    assert re.fullmatch(re.escape(start) + rf"its worst row of d{name} errs \S+ × the budget", said)
+
+
+@pytest.mark.parametrize("direction", ["backward", "forward+backward"])
+def test_right_gradients_pass(problem, direction):
+    assert failure_of(problem, lambda q, k, v, _: right(q, k, v), 20, direction) == ""
+    assert failure_of(problem, unrepeatable, 20, direction) == ""
+
+
+class Spoilt(torch.autograd.Function):
+    """A tensor whose gradient has one row of another."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: ARG004
+        gradient = gradient.clone()
+        gradient[0, 1, 7] = gradient[0, 1, 8]
+        return gradient
+
+
+def once_wrong(name, call):
+    """A kernel whose gradient of one input is spoilt in one call."""
+
+    def kernel(q, k, v, n):
+        inputs = {"q": q, "k": k, "v": v}
+        if n == call:
+            inputs[name] = Spoilt.apply(inputs[name])
+        return right(*inputs.values())
+
+    return kernel
+
+
+def test_an_approximate_kernel_has_its_class_s_budget(problem):
+    def coarse(q, k, v, n):
+        out = right(q, k, v)
+        return out * (1 + 1e-3 * (torch.arange(out.shape[-1]) % 2 * 2 - 1)) if n == 9 else out
+
+    assert "in 1 of 100 rounds" in failure_of(problem, coarse)
+    assert failure_of(problem, coarse, approximate="int8") == ""
+
+
+def test_the_last_output_of_a_cpu_round_is_the_one_that_is_checked(problem):
+    now = [0.0]
+
+    def call(q, k, v, n):
+        now[0] += 2.0**-13  # a round makes nine calls, the first of them all one
+        return right(q, k, v) * (n not in wrong)
+
+    wrong = {2, 9, 11, 18, 20, 27}
+    assert failure_of(problem, call, 20, clock=HostClock(lambda: now[0])) == ""
+    wrong.add(28)
+    said = failure_of(problem, call, 20, clock=HostClock(lambda: now[0]))
+    assert "in 1 of 20 rounds, warm-up included (first: round 4): " in said
+
+
+def test_one_copy_is_held_beside_the_last_output_and_none_in_the_end(problem):
+    shape, counts = torch.Size(W.shapes()["out"]), []
+
+    def tensors():
+        return sum(isinstance(one, torch.Tensor) and one.shape == shape for one in gc.get_objects())
+
+    def kernel(q, k, v):
+        counts.append(tensors())
+        return unrepeatable(q, k, v)
+
+    case = Case(W, Implementation("mine", lambda _: kernel), "cpu")
+    outputs, call = Outputs(case, problem), problem.call(case, kernel)
+    problem.timed_error(case, [call()])  # makes the references
+    counts.clear()
+    gc.collect()
+    before = tensors()
+    measure.run(Rounds(), DeviceClock(FakeGpu()), call, None, 28, 0, outputs.see)
+    assert outputs.failure() == ""
+    assert tensors() == before
+    assert counts == [before] + 29 * [before + 1]
