@@ -1,5 +1,6 @@
 """The clocks on a fake timeline: what they read, and what they take off."""
 
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -152,6 +153,25 @@ def test_an_output_is_seen_once_after_its_kept_sample_has_ended(stalls):
     calls = [at for at, entry in enumerate(gpu.log) if entry == "call"]
     assert all(gpu.log[at - 1] == gpu.log[at + 1] == "record" for at in calls)
     assert [gpu.log[at + 2 : at + 3] for at in calls] == stalls * [["flush"]] + 3 * [["look"]]
+
+
+def test_the_output_of_a_late_round_is_gone_before_the_next_is_made():
+    gpu, alive = FakeGpu(), []
+
+    def call():
+        alive.append(sum(one() is not None for one in made))
+        gpu.work(2 * FIRST_SPIN if not made else 0.0)
+        out = set()
+        made.append(weakref.ref(out))
+        return out
+
+    made = []
+    clock, subject = DeviceClock(gpu), Subject(call)
+    for _ in range(3):
+        clock.prepare(subject)
+        clock.sample(subject)
+    assert clock.retries == 1
+    assert alive == 4 * [0]
 
 
 def test_only_samples_advance_the_clock():

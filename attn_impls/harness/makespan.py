@@ -71,7 +71,10 @@ class Track(Subject):
 
 
 class Rounds:
-    """Calls timed in the same rounds, the first of them as the benchmark: the others before it in even rounds, after in odd."""
+    """Calls timed in the same rounds, the first of them as the benchmark: the others before it in even rounds, after in odd.
+
+    What they put out is not looked at: ranks would have to agree on it after each round.
+    """
 
     def __init__(self, ranks: Ranks, clock: Clock, calls: dict[str, Callable[[], Any]]):
         self.ranks, self.clock = ranks, clock
