@@ -87,6 +87,24 @@ def test_two_wrong_rounds_of_a_hundred_are_told_with_the_first_and_the_worst_row
     assert float(said.removeprefix(start).removesuffix(" × the budget")) > 100
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
+def test_rows_of_any_length_and_order_in_memory_are_compared(monkeypatch, layout, across):
+    w = Workload.parse("b1-h4-s33-d5-bf16")
+    problem, kernel, odd = Problem(w, "cpu", 0), broken()(w), {41, 87}
+
+    def call(q, k, v, n):
+        out = kernel(q, k, v) if n not in odd else one_row(kernel(q, k, v))
+        return out.mT.contiguous().mT if across else out
+
+    judged, judge = [], Problem.timed_error
+    monkeypatch.setattr(Problem, "timed_error", lambda *args: judged.append(args) or judge(*args))
+    assert "in 2 of 100 rounds, warm-up included (first: round 41): " in failure_of(problem, call, layout=layout)
+    assert len(judged) == 3
+    odd.clear()
+    assert failure_of(problem, call, layout=layout) == ""
+
+
 def test_rounds_that_deviate_and_are_not_judged_are_counted_apart(problem):
     said = failure_of(problem, spoilt(lambda n: n % 7 == 0))
     assert "in at least 10 of 100 rounds, warm-up included (first: round 7; 4 more that deviate were not judged): " in said

@@ -37,7 +37,7 @@ class Outputs:
             self._farthest = [0.0] * len(parts)
             self._like_first = 1
             return
-        if all(map(torch.equal, parts, self._first)):
+        if all(map(_same, parts, self._first)):
             self._like_first += 1
             return
         distances = torch.stack([_distance(*pair) for pair in zip(parts, self._first, strict=True)]).tolist()
@@ -68,6 +68,14 @@ class Outputs:
         error, words = self.problem.timed_error(self.case, parts)
         if error > 1:
             self._wrong.append((error, words, number, count))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are bitwise the same: eight bytes at a time, which takes less time, and less memory on a GPU."""
+    try:
+        return torch.equal(one.view(torch.int64), other.view(torch.int64))
+    except RuntimeError:  # rows that are no whole number of them, or not contiguous
+        return torch.equal(one, other)
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
