@@ -77,7 +77,11 @@ PRESETS |= {
 
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")
 
-CPU_RULE = "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window ÷ 32 (not below 32)"
+CPU_RULE = (
+    "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window above 256 ÷ 32 "
+    "(not below 32; their order and what they have over a multiple of 16 stay)"
+)
+AS_IT_IS = 256  # a length that needs no scaling
 
 
 def preset(name: str) -> Workload:
@@ -88,15 +92,29 @@ def preset(name: str) -> Workload:
 def cpu_sized(w: Workload) -> Workload:
     """`w` scaled down by CPU_RULE; head dims, mask kind and dtype stay."""
     divide = next(n for n in (4, 2, 1) if w.heads % n == 0 and w.kv_heads % n == 0)
-
-    def shorter(length: int) -> int:
-        return max(length // 32, min(length, 32))
-
+    q_len, kv_len, window = map(_shorter, (w.q_len, w.kv_len, w.window))
+    if w.q_len > w.kv_len:
+        q_len += _multiple(kv_len + 1 - q_len)
+    elif w.q_len < w.kv_len:
+        kv_len += _multiple(q_len + 1 - kv_len)
+    if w.window >= w.kv_len:  # which hides nothing, and the other must still hide some keys
+        window += _multiple(kv_len - window)
+    else:
+        window -= _multiple(window + 1 - kv_len)
     return w.replace(
         batch=min(w.batch, 2),
         heads=w.heads // divide,
         kv_heads=w.kv_heads // divide,
-        q_len=shorter(w.q_len),
-        kv_len=shorter(w.kv_len),
-        window=shorter(w.window) if w.window else 0,
+        q_len=q_len,
+        kv_len=kv_len,
+        window=window,
     )
+
+
+def _shorter(length: int) -> int:
+    return length if length <= AS_IT_IS else max(length // 32 // 16 * 16, 32) + length % 16
+
+
+def _multiple(missing: int) -> int:
+    """The least multiple of 16 that is at least `missing`, 0 where nothing is."""
+    return max(0, -(-missing // 16) * 16)

@@ -164,7 +164,7 @@ def collected(run_suite, folder, *arguments):
 SELECTIONS = {
     "--workload seed": "b1-h8-s256-d128-bf16",
     "--workload seed,seed-c*": "b1-h8-s256-d128-bf16 b1-h8-s256-d128-causal-bf16",
-    f"--workload {FULL} --workload odd": f"{FULL} b2-h6kv3-s32-d64-causal-bf16",
+    f"--workload {FULL} --workload odd": f"{FULL} b2-h6kv3-s47-d64-causal-bf16",
     f"--workload {FULL},{FULL}": FULL,
     "--seq-len 64 --num-heads 2": "b1-h2-s64-d128-bf16",
     f"--workload {FULL} --seq-len 16,32 --mask full,causal": f"b1-h2-s16-d16-fp32 b1-h2-s16-d16-causal-fp32 {FULL} {CAUSAL}",

@@ -49,7 +49,10 @@ def assert_kept(w: Workload, small: Workload) -> None:
         assert getattr(small, field) == getattr(w, field), field
     assert bool(small.window) == bool(w.window)
     assert (small.kv_heads == small.heads) == (w.kv_heads == w.heads)
-    assert small.kv_len == small.q_len or w.kv_len != w.q_len
+    assert (small.q_len < small.kv_len, small.q_len > small.kv_len) == (w.q_len < w.kv_len, w.q_len > w.kv_len)
+    assert (small.window < small.kv_len) == (w.window < w.kv_len)
+    for field in ("q_len", "kv_len", "window"):
+        assert getattr(small, field) % 16 == getattr(w, field) % 16, field
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -68,15 +71,23 @@ def test_cpu_sized_presets(name):
         ("b8-h16-s512-d64-fp16", "b2-h4-s32-d64-fp16"),
         ("b2-h32kv8-s1024-d64-causal-bf16", "b2-h8kv2-s32-d64-causal-bf16"),
         ("b1-h28kv4-s8192-d128-causal-bf16", "b1-h7kv1-s256-d128-causal-bf16"),
-        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s32-d64-bf16"),  # ÷ 2
-        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s32-d64-bf16"),  # 4 divides the heads only
-        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s32-d64-bf16"),  # neither
+        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s47-d64-bf16"),  # ÷ 2
+        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s47-d64-bf16"),  # 4 divides the heads only
+        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s47-d64-bf16"),  # neither
         ("b1-h4-q1kv8192-d128-causal-bf16", "b1-h1-q1kv256-d128-causal-bf16"),
-        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q128kv32-d40-bf16"),
-        ("b1-h4-s256-d72-bf16", "b1-h1-s32-d72-bf16"),  # 8 is below 32
+        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q128kv77-d40-bf16"),
+        ("b1-h4-s256-d72-bf16", "b1-h1-s256-d72-bf16"),  # as it is
+        ("b1-h4-s257-d72-bf16", "b1-h1-s33-d72-bf16"),  # 8 is below 32
+        ("b1-h4-s1500-d64-bf16", "b1-h1-s44-d64-bf16"),
+        ("b1-h4-q1023kv1024-d64-causal-bf16", "b1-h1-q47kv48-d64-causal-bf16"),  # longer stays longer
+        ("b1-h4-q250kv300-d64-causal-bf16", "b1-h1-q250kv252-d64-causal-bf16"),
+        ("b1-h4-q512kv200-d64-bf16", "b1-h1-q208kv200-d64-bf16"),
         ("b1-h4-s20-d72-bf16", "b1-h1-s20-d72-bf16"),
         ("b1-h16kv8-s8192-d256-causal-win4096-cap50-bf16", "b1-h4kv2-s256-d256-causal-win128-cap50-bf16"),
-        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s256-d64-causal-win32-bf16"),
+        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s256-d64-causal-win128-bf16"),
+        ("b1-h4-s8192-d64-causal-win1023-bf16", "b1-h1-s256-d64-causal-win47-bf16"),
+        ("b1-h4-s1023-d64-causal-win200-bf16", "b1-h1-s47-d64-causal-win40-bf16"),  # still hides keys
+        ("b1-h4-s200-d64-causal-win300-bf16", "b1-h1-s200-d64-causal-win204-bf16"),  # and none
         ("b1-h128-s4096-d192v128-causal-scale144-bf16", "b1-h32-s128-d192v128-causal-scale144-bf16"),
     ],
 )
@@ -85,7 +96,7 @@ def test_cpu_sized_by_the_rule(full, small):
 
 
 def test_the_rule_in_words():
-    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window ÷ 32", "not below 32"):
+    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window above 256 ÷ 32", "not below 32", "over a multiple of 16"):
         assert words in CPU_RULE
 
 
@@ -105,5 +116,7 @@ def test_cpu_sized_anything(data):
     assert w.heads in (small.heads, 2 * small.heads, 4 * small.heads)
     for field in ("q_len", "kv_len", "window"):
         before, after = getattr(w, field), getattr(small, field)
-        assert after == before // 32 if before >= 1024 else after == min(before, 32)
+        assert after == before if before <= 256 and field != "window" else after <= before
+    if w.q_len == w.kv_len > 256 and not w.window:
+        assert max(32, w.q_len // 32 - 15) <= small.q_len <= max(32, w.q_len // 32) + 15
     assert small.pairs <= w.pairs
