@@ -75,6 +75,44 @@ PRESETS |= {
     for mask in ("", "-causal")
 }
 
+# options and ragged lengths that kernels get right alone and wrong together: checked beside the default presets, not timed;
+# so small that a CPU takes them as they are
+COMBINATIONS = {
+    "adversarial-offset": (
+        "b3-h6kv2-q113kv333-d64-causal-bf16",
+        "combinations that kernels get wrong: causal with q_len < kv_len, ragged tiles, heads in threes, batch 3",
+    ),
+    "adversarial-ragged": (
+        "b3-h6kv2-q113kv203-d64-bf16",
+        "the same without a mask, which would hide the last tile's padding from most queries",
+    ),
+    "adversarial-window": (
+        "b2-h8kv2-q5kv133-d64-causal-win37-bf16",
+        "the same with a window that ends inside a tile, and few queries, as in speculative decoding",
+    ),
+    "adversarial-all-options": (
+        "b3-h6kv2-q5kv133-d80-causal-win37-cap20-scale50-bf16",
+        "the same with softcap, a scale of its own, and a head dim that is padded",
+    ),
+    "adversarial-decode": (
+        "b2-h8kv2-q1kv690-d64-causal-win100-cap50-bf16",
+        "the same with one query, whose path is often another kernel, over split keys",
+    ),
+    "adversarial-value-dim": (
+        "b1-h10kv2-q77kv203-d112v128-causal-bf16",
+        "the same with values longer than keys, both padded, and heads in fives",
+    ),
+}
+PRESETS |= COMBINATIONS
+# sizes that overflow, and so never in a default set
+PRESETS |= {
+    "large-int32-offsets": (
+        "b80-h8-q1kv32768-d128-causal-bf16",
+        "2.7e9 elements of K: an offset held in an int32 overflows beyond 2^31",
+    ),
+    "large-grid": ("b2560-h32-s16-d64-bf16", "batch · heads 81920: a CUDA grid's y and z end at 65535"),
+}
+
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")
 
 CPU_RULE = (

@@ -9,6 +9,7 @@ import pytest
 
 from attn_impls.harness import outside
 from attn_impls.harness.options import OPTIONS
+from attn_impls.presets import COMBINATIONS, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 
 ID = "b1-h2-s32-d16-fp32"
 FULL, CAUSAL = "b1-h2-s32-d16-fp32", "b1-h2-s32-d16-causal-fp32"
@@ -143,6 +144,62 @@ def test_collection_lists_the_ids_workload_outermost_and_leaves_nothing(run_suit
 
 
 @pytest.mark.slow
+DEFAULT_CHECKS = ("-m", "correctness", "--impl", "sdpa")
+
+
+def workloads_of(ids, test):
+    """The workloads of a test's ids, in order."""
+    return [name.removeprefix(f"{test}[").removesuffix("-sdpa]") for name in ids if name.startswith(f"{test}[")]
+
+
+def test_correctness_adds_combinations_to_the_default_workloads(run_suite, folder):
+    run = run_suite("--co", "-q", "--impl", "sdpa", "-m", "not slow", cwd=folder)
+    default = [str(cpu_sized(preset(name))) for name in DEFAULT_PRESETS]
+    more = [PRESETS[name][0] for name in COMBINATIONS]
+    for test in ("test_oracle", "test_allclose_to_sdpa", "test_gradients_oracle", "test_gradients_allclose_to_sdpa"):
+        assert workloads_of(run.ids, test) == [*default, *more]
+    assert workloads_of(run.ids, "test_forward") == default
+    assert "adversarial" not in run.out  # the header is not shown with -q
+
+
+@pytest.mark.parametrize("arguments", ["--workload seed", "--seq-len 64", "--dtype fp32", "--mask causal"])
+def test_chosen_workloads_are_all_that_is_checked(run_suite, folder, arguments):
+    run = run_suite("--co", "-q", *DEFAULT_CHECKS, *arguments.split(), cwd=folder)
+    assert len(workloads_of(run.ids, "test_oracle")) == 1
+    assert len(run.ids) == 5
+
+
+@pytest.mark.parametrize(("arguments", "said"), [("", True), ("--workload small", False), ("--benchmark-only", False)])
+def test_header_says_where_more_is_checked_than_timed(run_suite, folder, arguments, said):
+    run = run_suite("--co", "--impl", "sdpa", *arguments.split(), cwd=folder)
+    assert ("correctness tests: also on 6 workloads" in run.out) == said
+
+
+CARELESS = """
+from torch.nn.functional import scaled_dot_product_attention
+from attn_impls import Unsupported, attention
+
+@attention("careless", backward=False)
+def careless(w):
+    if w.softcap or w.window:
+        raise Unsupported("no softcap, no window")
+    mask = w.mask("cpu")
+    if w.batch == 3 and w.causal:
+        mask = mask.tril()  # aligned top-left
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, mask, scale=w.scale, enable_gqa=True)
+"""
+
+
+def test_default_run_finds_what_only_a_combination_shows(run_suite, suite_copy):
+    folder = suite_copy({"careless.py": CARELESS})
+    run = run_suite("-m", "correctness", "--impl", "./careless.py", "-rfs", cwd=folder)
+    failed = re.findall(r"^FAILED \S+::(test_\w+\[\S+\])", run.out, re.MULTILINE)
+    name = f"{PRESETS['adversarial-offset'][0]}-careless"
+    assert failed == [f"test_oracle[{name}]", f"test_allclose_to_sdpa[{name}]"]
+    assert "careless: no softcap, no window" in run.out
+    assert "adversarial" not in run.table
+
+
 def test_collection_takes_three_seconds_at_most(run_suite, pytestconfig):
     seconds = []
     for _ in range(4):  # the first may have to compile what it imports

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_impls import Workload
-from attn_impls.presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from attn_impls.presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -32,6 +32,39 @@ def test_defaults_exist_and_have_both_masks():
     assert len(set(DEFAULT_PRESETS)) == len(DEFAULT_PRESETS)
     assert {preset(name).causal for name in DEFAULT_PRESETS} == {True, False}
     assert any(preset(name).group > 1 for name in DEFAULT_PRESETS)
+
+
+def test_combinations_are_what_their_comments_say():
+    offset, ragged, window, options, decode, value_dim = map(preset, COMBINATIONS)
+    for w in (offset, ragged, window, options, decode, value_dim):
+        assert w.kv_len % 64 != 0
+        assert w.q_len < w.kv_len
+        assert w.group > 1
+        assert max(w.q_len, w.kv_len) < 1024  # full size on a CPU
+    assert {w.causal for w in (offset, window, options, decode, value_dim)} == {True}
+    assert not ragged.causal
+    assert offset.batch == ragged.batch == options.batch == 3
+    assert offset.group == ragged.group == options.group == 3
+    assert offset.q_len % 16 != 0 != offset.offset % 16
+    assert window.window % 16 != 0
+    assert (window.q_len > 1, window.softcap) == (True, 0)
+    assert options.window % 16 != 0
+    assert options.softcap not in (0, 50)
+    assert options.scale_dim != options.head_dim == 80
+    assert (decode.q_len, bool(decode.window), bool(decode.softcap)) == (1, True, True)
+    assert value_dim.v_head_dim > value_dim.head_dim
+    assert value_dim.group == 5
+
+
+def test_large_presets_overflow():
+    w = preset("large-int32-offsets")
+    batch, heads, length, dim = w.shapes()["k"]
+    assert batch * heads * length * dim > 2**31
+    assert sum(a * b * c * d for a, b, c, d in w.shapes().values()) * w.dtype.itemsize < 0.3 * 80 * 10**9  # of an H100's memory
+    w = preset("large-grid")
+    assert w.batch * w.heads > 65535
+    assert w.flops() < 1e10
+    assert not {"large-int32-offsets", "large-grid"} & {*DEFAULT_PRESETS, *COMBINATIONS}
 
 
 def test_seed_is_the_comparison_it_grew_from():
