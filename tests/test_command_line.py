@@ -137,13 +137,13 @@ def test_collection_lists_the_ids_workload_outermost_and_leaves_nothing(run_suit
     tests = ("test_forward", "test_oracle", "test_allclose_to_sdpa", "test_gradients_oracle", "test_gradients_allclose_to_sdpa")
     for test in tests:
         assert [name for name in run.ids if name.startswith(test)] == [f"{test}[{name}]" for name in names]
-    assert len(run.ids) == len(tests) * len(names)
+    assert [name for name in run.ids if name.startswith("test_probes")] == ["test_probes[sdpa]", "test_probes[handcrafted]"]
+    assert len(run.ids) == len(tests) * len(names) + 2
     assert "attention" not in run.out
     assert not run.err
     assert set(listing(folder)) - {".benchmarks"} == set(before) - {".benchmarks"}  # pytest-benchmark makes its storage
 
 
-@pytest.mark.slow
 DEFAULT_CHECKS = ("-m", "correctness", "--impl", "sdpa")
 
 
@@ -200,6 +200,7 @@ def test_default_run_finds_what_only_a_combination_shows(run_suite, suite_copy):
     assert "adversarial" not in run.table
 
 
+@pytest.mark.slow
 def test_collection_takes_three_seconds_at_most(run_suite, pytestconfig):
     seconds = []
     for _ in range(4):  # the first may have to compile what it imports
@@ -363,7 +364,7 @@ def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
                          "    return lambda q, k, v: q * 0\n"})  # fmt: skip
     run = run_suite(*TINY, "--impl", "./zeros.py", "-n", "2", "-rs", cwd=folder)
     assert run.code == 1
-    assert "4 failed, 8 passed, 3 skipped" in run.out
+    assert "5 failed, 10 passed, 3 skipped" in run.out
     assert re.search(r"SKIPPED \[3\].*benchmarks do not run under pytest-xdist", run.out)
     # a worker's failures too say how to run them alone, with the options that the run had
     rerun = run.failure(f"test_oracle[{ID}-zeros]").splitlines()[-1]
@@ -376,21 +377,21 @@ def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
 def test_xdist_correctness(run_suite):
     run = run_suite(*TINY, "-n", "2", "-m", "correctness")
     assert run.code == 0
-    assert "8 passed" in run.out
+    assert "10 passed" in run.out
     assert "skipped" not in run.out
 
 
 def test_benchmarks_disabled(run_suite):
     run = run_suite(*TINY, "--benchmark-disable")
     assert run.code == 0
-    assert "10 passed" in run.out
+    assert "12 passed" in run.out
     assert not run.table
 
 
 def test_benchmarks_skipped(run_suite):
     run = run_suite(*TINY, "--benchmark-skip")
     assert run.code == 0
-    assert "8 passed, 2 skipped" in run.out
+    assert "10 passed, 2 skipped" in run.out
     assert not run.table
     assert not list(run.cwd.rglob("*.jsonl"))
 
