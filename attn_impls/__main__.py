@@ -76,7 +76,7 @@ def _table(ours: list[summary.Benchmark], cells: list[dict[str, str]], info: dic
 def _list(given: argparse.Namespace) -> None:  # noqa: ARG001  (the commands share a signature)
     print("presets")
     for name, (identity, source) in PRESETS.items():
-        print(f"  {name:<26} {identity:<50} {source}")
+        print(f"  {name:<26} {identity:<54} {source}")
     print("implementations")
     for implementation in discover().values():
         reason = "" if not implementation.dists or implementation.dist else implementation.unavailable(implementation.devices[0])

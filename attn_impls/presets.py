@@ -75,9 +75,51 @@ PRESETS |= {
     for mask in ("", "-causal")
 }
 
+# options and ragged lengths that kernels get right alone and wrong together: checked beside the default presets, not timed;
+# so small that a CPU takes them as they are
+COMBINATIONS = {
+    "adversarial-offset": (
+        "b3-h6kv2-q113kv333-d64-causal-bf16",
+        "combinations that kernels get wrong: causal with q_len < kv_len, ragged tiles, heads in threes, batch 3",
+    ),
+    "adversarial-ragged": (
+        "b3-h6kv2-q113kv203-d64-bf16",
+        "the same without a mask, which would hide the last tile's padding from most queries",
+    ),
+    "adversarial-window": (
+        "b2-h8kv2-q5kv133-d64-causal-win37-bf16",
+        "the same with a window that ends inside a tile, and few queries, as in speculative decoding",
+    ),
+    "adversarial-all-options": (
+        "b3-h6kv2-q5kv133-d80-causal-win37-cap20-scale50-bf16",
+        "the same with softcap, a scale of its own, and a head dim that is padded",
+    ),
+    "adversarial-decode": (
+        "b2-h8kv2-q1kv690-d64-causal-win100-cap50-bf16",
+        "the same with one query, whose path is often another kernel, over split keys",
+    ),
+    "adversarial-value-dim": (
+        "b1-h10kv2-q77kv203-d112v128-causal-bf16",
+        "the same with values longer than keys, both padded, and heads in fives",
+    ),
+}
+PRESETS |= COMBINATIONS
+# sizes that overflow, and so never in a default set
+PRESETS |= {
+    "large-int32-offsets": (
+        "b80-h8-q1kv32768-d128-causal-bf16",
+        "2.7e9 elements of K: an offset held in an int32 overflows beyond 2^31",
+    ),
+    "large-grid": ("b2560-h32-s16-d64-bf16", "batch · heads 81920: a CUDA grid's y and z end at 65535"),
+}
+
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")
 
-CPU_RULE = "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window ÷ 32 (not below 32)"
+CPU_RULE = (
+    "batch ≤ 2, heads ÷ 4 (or 2, or 1: what divides heads and KV heads), lengths and window above 256 ÷ 32 "
+    "(not below 32; their order and what they have over a multiple of 16 stay)"
+)
+AS_IT_IS = 256  # a length that needs no scaling
 
 
 def preset(name: str) -> Workload:
@@ -88,15 +130,29 @@ def preset(name: str) -> Workload:
 def cpu_sized(w: Workload) -> Workload:
     """`w` scaled down by CPU_RULE; head dims, mask kind and dtype stay."""
     divide = next(n for n in (4, 2, 1) if w.heads % n == 0 and w.kv_heads % n == 0)
-
-    def shorter(length: int) -> int:
-        return max(length // 32, min(length, 32))
-
+    q_len, kv_len, window = map(_shorter, (w.q_len, w.kv_len, w.window))
+    if w.q_len > w.kv_len:
+        q_len += _multiple(kv_len + 1 - q_len)
+    elif w.q_len < w.kv_len:
+        kv_len += _multiple(q_len + 1 - kv_len)
+    if w.window >= w.kv_len:  # which hides nothing, and the other must still hide some keys
+        window += _multiple(kv_len - window)
+    else:
+        window -= _multiple(window + 1 - kv_len)
     return w.replace(
         batch=min(w.batch, 2),
         heads=w.heads // divide,
         kv_heads=w.kv_heads // divide,
-        q_len=shorter(w.q_len),
-        kv_len=shorter(w.kv_len),
-        window=shorter(w.window) if w.window else 0,
+        q_len=q_len,
+        kv_len=kv_len,
+        window=window,
     )
+
+
+def _shorter(length: int) -> int:
+    return length if length <= AS_IT_IS else max(length // 32 // 16 * 16, 32) + length % 16
+
+
+def _multiple(missing: int) -> int:
+    """The least multiple of 16 that is at least `missing`, 0 where nothing is."""
+    return max(0, -(-missing // 16) * 16)

@@ -9,6 +9,7 @@ import pytest
 
 from attn_impls.harness import outside
 from attn_impls.harness.options import OPTIONS
+from attn_impls.presets import COMBINATIONS, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 
 ID = "b1-h2-s32-d16-fp32"
 FULL, CAUSAL = "b1-h2-s32-d16-fp32", "b1-h2-s32-d16-causal-fp32"
@@ -136,10 +137,67 @@ def test_collection_lists_the_ids_workload_outermost_and_leaves_nothing(run_suit
     tests = ("test_forward", "test_oracle", "test_allclose_to_sdpa", "test_gradients_oracle", "test_gradients_allclose_to_sdpa")
     for test in tests:
         assert [name for name in run.ids if name.startswith(test)] == [f"{test}[{name}]" for name in names]
-    assert len(run.ids) == len(tests) * len(names)
+    assert [name for name in run.ids if name.startswith("test_probes")] == ["test_probes[sdpa]", "test_probes[handcrafted]"]
+    assert len(run.ids) == len(tests) * len(names) + 2
     assert "attention" not in run.out
     assert not run.err
     assert set(listing(folder)) - {".benchmarks"} == set(before) - {".benchmarks"}  # pytest-benchmark makes its storage
+
+
+DEFAULT_CHECKS = ("-m", "correctness", "--impl", "sdpa")
+
+
+def workloads_of(ids, test):
+    """The workloads of a test's ids, in order."""
+    return [name.removeprefix(f"{test}[").removesuffix("-sdpa]") for name in ids if name.startswith(f"{test}[")]
+
+
+def test_correctness_adds_combinations_to_the_default_workloads(run_suite, folder):
+    run = run_suite("--co", "-q", "--impl", "sdpa", "-m", "not slow", cwd=folder)
+    default = [str(cpu_sized(preset(name))) for name in DEFAULT_PRESETS]
+    more = [PRESETS[name][0] for name in COMBINATIONS]
+    for test in ("test_oracle", "test_allclose_to_sdpa", "test_gradients_oracle", "test_gradients_allclose_to_sdpa"):
+        assert workloads_of(run.ids, test) == [*default, *more]
+    assert workloads_of(run.ids, "test_forward") == default
+    assert "adversarial" not in run.out  # the header is not shown with -q
+
+
+@pytest.mark.parametrize("arguments", ["--workload seed", "--seq-len 64", "--dtype fp32", "--mask causal"])
+def test_chosen_workloads_are_all_that_is_checked(run_suite, folder, arguments):
+    run = run_suite("--co", "-q", *DEFAULT_CHECKS, *arguments.split(), cwd=folder)
+    assert len(workloads_of(run.ids, "test_oracle")) == 1
+    assert len(run.ids) == 5
+
+
+@pytest.mark.parametrize(("arguments", "said"), [("", True), ("--workload small", False), ("--benchmark-only", False)])
+def test_header_says_where_more_is_checked_than_timed(run_suite, folder, arguments, said):
+    run = run_suite("--co", "--impl", "sdpa", *arguments.split(), cwd=folder)
+    assert ("correctness tests: also on 6 workloads" in run.out) == said
+
+
+CARELESS = """
+from torch.nn.functional import scaled_dot_product_attention
+from attn_impls import Unsupported, attention
+
+@attention("careless", backward=False)
+def careless(w):
+    if w.softcap or w.window:
+        raise Unsupported("no softcap, no window")
+    mask = w.mask("cpu")
+    if w.batch == 3 and w.causal:
+        mask = mask.tril()  # aligned top-left
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, mask, scale=w.scale, enable_gqa=True)
+"""
+
+
+def test_default_run_finds_what_only_a_combination_shows(run_suite, suite_copy):
+    folder = suite_copy({"careless.py": CARELESS})
+    run = run_suite("-m", "correctness", "--impl", "./careless.py", "-rfs", cwd=folder)
+    failed = re.findall(r"^FAILED \S+::(test_\w+\[\S+\])", run.out, re.MULTILINE)
+    name = f"{PRESETS['adversarial-offset'][0]}-careless"
+    assert failed == [f"test_oracle[{name}]", f"test_allclose_to_sdpa[{name}]"]
+    assert "careless: no softcap, no window" in run.out
+    assert "adversarial" not in run.table
 
 
 @pytest.mark.slow
@@ -164,7 +222,7 @@ def collected(run_suite, folder, *arguments):
 SELECTIONS = {
     "--workload seed": "b1-h8-s256-d128-bf16",
     "--workload seed,seed-c*": "b1-h8-s256-d128-bf16 b1-h8-s256-d128-causal-bf16",
-    f"--workload {FULL} --workload odd": f"{FULL} b2-h6kv3-s32-d64-causal-bf16",
+    f"--workload {FULL} --workload odd": f"{FULL} b2-h6kv3-s47-d64-causal-bf16",
     f"--workload {FULL},{FULL}": FULL,
     "--seq-len 64 --num-heads 2": "b1-h2-s64-d128-bf16",
     f"--workload {FULL} --seq-len 16,32 --mask full,causal": f"b1-h2-s16-d16-fp32 b1-h2-s16-d16-causal-fp32 {FULL} {CAUSAL}",
@@ -306,7 +364,7 @@ def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
                          "    return lambda q, k, v: q * 0\n"})  # fmt: skip
     run = run_suite(*TINY, "--impl", "./zeros.py", "-n", "2", "-rs", cwd=folder)
     assert run.code == 1
-    assert "4 failed, 8 passed, 3 skipped" in run.out
+    assert "5 failed, 10 passed, 3 skipped" in run.out
     assert re.search(r"SKIPPED \[3\].*benchmarks do not run under pytest-xdist", run.out)
     # a worker's failures too say how to run them alone, with the options that the run had
     rerun = run.failure(f"test_oracle[{ID}-zeros]").splitlines()[-1]
@@ -319,21 +377,21 @@ def test_xdist_checks_and_skips_benchmarks(run_suite, suite_copy):
 def test_xdist_correctness(run_suite):
     run = run_suite(*TINY, "-n", "2", "-m", "correctness")
     assert run.code == 0
-    assert "8 passed" in run.out
+    assert "10 passed" in run.out
     assert "skipped" not in run.out
 
 
 def test_benchmarks_disabled(run_suite):
     run = run_suite(*TINY, "--benchmark-disable")
     assert run.code == 0
-    assert "10 passed" in run.out
+    assert "12 passed" in run.out
     assert not run.table
 
 
 def test_benchmarks_skipped(run_suite):
     run = run_suite(*TINY, "--benchmark-skip")
     assert run.code == 0
-    assert "8 passed, 2 skipped" in run.out
+    assert "10 passed, 2 skipped" in run.out
     assert not run.table
     assert not list(run.cwd.rglob("*.jsonl"))
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_impls import Workload
-from attn_impls.presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from attn_impls.presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,6 +34,39 @@ def test_defaults_exist_and_have_both_masks():
     assert any(preset(name).group > 1 for name in DEFAULT_PRESETS)
 
 
+def test_combinations_are_what_their_comments_say():
+    offset, ragged, window, options, decode, value_dim = map(preset, COMBINATIONS)
+    for w in (offset, ragged, window, options, decode, value_dim):
+        assert w.kv_len % 64 != 0
+        assert w.q_len < w.kv_len
+        assert w.group > 1
+        assert max(w.q_len, w.kv_len) < 1024  # full size on a CPU
+    assert {w.causal for w in (offset, window, options, decode, value_dim)} == {True}
+    assert not ragged.causal
+    assert offset.batch == ragged.batch == options.batch == 3
+    assert offset.group == ragged.group == options.group == 3
+    assert offset.q_len % 16 != 0 != offset.offset % 16
+    assert window.window % 16 != 0
+    assert (window.q_len > 1, window.softcap) == (True, 0)
+    assert options.window % 16 != 0
+    assert options.softcap not in (0, 50)
+    assert options.scale_dim != options.head_dim == 80
+    assert (decode.q_len, bool(decode.window), bool(decode.softcap)) == (1, True, True)
+    assert value_dim.v_head_dim > value_dim.head_dim
+    assert value_dim.group == 5
+
+
+def test_large_presets_overflow():
+    w = preset("large-int32-offsets")
+    batch, heads, length, dim = w.shapes()["k"]
+    assert batch * heads * length * dim > 2**31
+    assert sum(a * b * c * d for a, b, c, d in w.shapes().values()) * w.dtype.itemsize < 0.3 * 80 * 10**9  # of an H100's memory
+    w = preset("large-grid")
+    assert w.batch * w.heads > 65535
+    assert w.flops() < 1e10
+    assert not {"large-int32-offsets", "large-grid"} & {*DEFAULT_PRESETS, *COMBINATIONS}
+
+
 def test_seed_is_the_comparison_it_grew_from():
     w = preset("seed")
     assert (w.batch, w.q_len, w.kv_len, w.heads, w.heads * w.head_dim, w.causal) == (1, 8192, 8192, 32, 4096, False)
@@ -49,7 +82,10 @@ def assert_kept(w: Workload, small: Workload) -> None:
         assert getattr(small, field) == getattr(w, field), field
     assert bool(small.window) == bool(w.window)
     assert (small.kv_heads == small.heads) == (w.kv_heads == w.heads)
-    assert small.kv_len == small.q_len or w.kv_len != w.q_len
+    assert (small.q_len < small.kv_len, small.q_len > small.kv_len) == (w.q_len < w.kv_len, w.q_len > w.kv_len)
+    assert (small.window < small.kv_len) == (w.window < w.kv_len)
+    for field in ("q_len", "kv_len", "window"):
+        assert getattr(small, field) % 16 == getattr(w, field) % 16, field
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -68,15 +104,23 @@ def test_cpu_sized_presets(name):
         ("b8-h16-s512-d64-fp16", "b2-h4-s32-d64-fp16"),
         ("b2-h32kv8-s1024-d64-causal-bf16", "b2-h8kv2-s32-d64-causal-bf16"),
         ("b1-h28kv4-s8192-d128-causal-bf16", "b1-h7kv1-s256-d128-causal-bf16"),
-        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s32-d64-bf16"),  # ÷ 2
-        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s32-d64-bf16"),  # 4 divides the heads only
-        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s32-d64-bf16"),  # neither
+        ("b1-h6kv2-s1023-d64-bf16", "b1-h3kv1-s47-d64-bf16"),  # ÷ 2
+        ("b1-h20kv10-s1023-d64-bf16", "b1-h10kv5-s47-d64-bf16"),  # 4 divides the heads only
+        ("b1-h6kv3-s1023-d64-bf16", "b1-h6kv3-s47-d64-bf16"),  # neither
         ("b1-h4-q1kv8192-d128-causal-bf16", "b1-h1-q1kv256-d128-causal-bf16"),
-        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q128kv32-d40-bf16"),
-        ("b1-h4-s256-d72-bf16", "b1-h1-s32-d72-bf16"),  # 8 is below 32
+        ("b1-h4-q4096kv77-d40-bf16", "b1-h1-q128kv77-d40-bf16"),
+        ("b1-h4-s256-d72-bf16", "b1-h1-s256-d72-bf16"),  # as it is
+        ("b1-h4-s257-d72-bf16", "b1-h1-s33-d72-bf16"),  # 8 is below 32
+        ("b1-h4-s1500-d64-bf16", "b1-h1-s44-d64-bf16"),
+        ("b1-h4-q1023kv1024-d64-causal-bf16", "b1-h1-q47kv48-d64-causal-bf16"),  # longer stays longer
+        ("b1-h4-q250kv300-d64-causal-bf16", "b1-h1-q250kv252-d64-causal-bf16"),
+        ("b1-h4-q512kv200-d64-bf16", "b1-h1-q208kv200-d64-bf16"),
         ("b1-h4-s20-d72-bf16", "b1-h1-s20-d72-bf16"),
         ("b1-h16kv8-s8192-d256-causal-win4096-cap50-bf16", "b1-h4kv2-s256-d256-causal-win128-cap50-bf16"),
-        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s256-d64-causal-win32-bf16"),
+        ("b1-h4-s8192-d64-causal-win128-bf16", "b1-h1-s256-d64-causal-win128-bf16"),
+        ("b1-h4-s8192-d64-causal-win1023-bf16", "b1-h1-s256-d64-causal-win47-bf16"),
+        ("b1-h4-s1023-d64-causal-win200-bf16", "b1-h1-s47-d64-causal-win40-bf16"),  # still hides keys
+        ("b1-h4-s200-d64-causal-win300-bf16", "b1-h1-s200-d64-causal-win204-bf16"),  # and none
         ("b1-h128-s4096-d192v128-causal-scale144-bf16", "b1-h32-s128-d192v128-causal-scale144-bf16"),
     ],
 )
@@ -85,7 +129,7 @@ def test_cpu_sized_by_the_rule(full, small):
 
 
 def test_the_rule_in_words():
-    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window ÷ 32", "not below 32"):
+    for words in ("batch ≤ 2", "heads ÷ 4 (or 2", "lengths and window above 256 ÷ 32", "not below 32", "over a multiple of 16"):
         assert words in CPU_RULE
 
 
@@ -105,5 +149,7 @@ def test_cpu_sized_anything(data):
     assert w.heads in (small.heads, 2 * small.heads, 4 * small.heads)
     for field in ("q_len", "kv_len", "window"):
         before, after = getattr(w, field), getattr(small, field)
-        assert after == before // 32 if before >= 1024 else after == min(before, 32)
+        assert after == before if before <= 256 and field != "window" else after <= before
+    if w.q_len == w.kv_len > 256 and not w.window:
+        assert max(32, w.q_len // 32 - 15) <= small.q_len <= max(32, w.q_len // 32) + 15
     assert small.pairs <= w.pairs

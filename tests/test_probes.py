@@ -7,9 +7,11 @@ import torch
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import probes
+from attn_impls.harness.case import Case
 from attn_impls.harness.inputs import Inputs
 from attn_impls.harness.mutants import MUTANTS, broken
 from attn_impls.harness.oracle import attend
+from attn_impls.harness.session import Session
 from attn_impls.registry import REGISTRY, Implementation, discover
 
 discover()
@@ -133,6 +135,70 @@ def test_a_wrong_answer_keeps_its_cases_from_being_timed(run_suite, suite_copy):
     assert list(run.results) == [f"{without}-careless"]
     assert run.results[f"{without}-careless"]["extra_info"]["probes"] == "wrong: window; 8 ok"
     assert "fails the probe 'window'" in run.out
+
+
+UNABLE = """
+import time
+from attn_impls import Unsupported, attention
+from attn_impls.harness import probes
+from attn_impls.harness.mutants import broken
+
+@attention("unable")
+def unable(w):
+    raise Unsupported("not today")
+
+@attention("absent", dist="no-such-dist", install="pip install no-such-dist")
+def absent(w): ...
+
+@attention("cached", slow_build=True)
+def cached(w):
+    return broken()(w)
+
+@attention("compiles", backward=False)
+def compiles(w):
+    with open("built", "a") as file:
+        print(w, file=file)
+    time.sleep(probes.SLOW)
+    return broken()(w)
+"""
+
+
+def test_correctness_asks_them_too(run_suite, suite_copy):
+    folder = suite_copy({"careless.py": IGNORES_WINDOW, "unable.py": UNABLE})
+    asked = ("-m", "correctness", "--workload", "b1-h2-s32-d64-fp32", "-rs", "-v")
+    run = run_suite(*asked, "--impl=sdpa,./careless.py,./unable.py", cwd=folder)
+    assert run.code == 1
+    failure = run.failure("test_probes[careless]").splitlines()
+    assert failure[0].startswith("careless fails the probe 'window' (b1-h2-s16-d64-causal-win4-bf16): ")
+    assert failure[0].endswith(" (wrong: window; 8 ok)")
+    assert "test_probes[careless]" in failure[-1]  # how to run it alone
+    assert run.out.count(" FAILED ") == 1
+    for name in ("sdpa", "compiles"):
+        assert f"test_probes[{name}] PASSED" in run.out
+    for name, reason in (
+        ("unable", "9 unsupported"),
+        ("absent", "not installed: pip install no-such-dist"),
+        ("cached", "9 not asked"),
+    ):
+        assert f"{name}: {reason}" in run.out
+    built = (folder / "built").read_text().split()
+    assert [identity for identity in built if "-s16-" in identity] == [str(probes.PROBES[0].workload)]  # one, since it is slow
+
+
+def test_asked_once_a_session(run_suite, suite_copy):
+    folder = suite_copy({"unable.py": UNABLE})
+    run = run_suite("--impl=./unable.py", "-k", "compiles", "--workload", "b1-h2-s32-d64-fp32", "--rounds=2", cwd=folder)
+    assert run.code == 0
+    assert (folder / "built").read_text().split().count(str(probes.PROBES[0].workload)) == 1
+
+
+def test_who_was_slow_to_build_is_asked_nothing(suite):
+    session = Session(suite.config, suite.selection)
+    slow, w = Implementation("slow", broken()), Workload.parse("b1-h2-s32-d64-bf16")
+    session._checked[Case(w, slow, suite.device)] = (None, probes.TOO_SLOW + 1)
+    session._checked[Case(w.replace(q_len=64), slow, suite.device)] = (None, 1.0)
+    assert probes.brief(session.answers(slow)) == f"{len(NAMES)} not asked"
+    assert probes.brief(session.answers(Implementation("quick", broken()))) == f"{len(NAMES)} ok"
 
 
 def test_who_compiles_for_long_is_not_asked(suite):

@@ -8,7 +8,7 @@ import torch
 from attn_impls import Workload
 from attn_impls.harness import selection
 from attn_impls.harness.options import OPTIONS
-from attn_impls.presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from attn_impls.presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 from attn_impls.registry import REGISTRY
 
 BASE = "b1-h8-s64-d32-bf16"
@@ -44,7 +44,7 @@ def names(**given) -> list[str]:
 
 
 def scaled(*presets: str) -> list[str]:
-    return [str(cpu_sized(preset(name))) for name in presets]
+    return [str(preset(name) if name in COMBINATIONS else cpu_sized(preset(name))) for name in presets]
 
 
 def test_defaults():
@@ -62,6 +62,22 @@ def test_defaults():
 def test_plain_options_pass_through():
     selected = resolve(device="cpu", rounds=7, warmup_rounds=0, seed=3, case_timeout=1.5)
     assert (selected.rounds, selected.warmup_rounds, selected.seed, selected.case_timeout) == (7, 0, 3, 1.5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_combinations_are_checked_with_the_default_workloads_alone(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve(device=device).also_checked == tuple(map(preset, COMBINATIONS))
+    assert not set(resolve(device=device).also_checked) & set(resolve(device=device).workloads)
+    for chosen in ({"workload": ["seed"]}, {"seq_len": ["64"]}, {"dtype": ["bf16"]}, {"mask": ["causal"]}):
+        assert resolve(device=device, **chosen).also_checked == ()
+    assert resolve(device=device, impl=["sdpa"], seed=3).also_checked
+
+
+def test_combinations_are_not_scaled():
+    selected = resolve(workload=list(COMBINATIONS))
+    assert selected.labels == {preset(name): name for name in COMBINATIONS}
+    assert selected.cpu_rule == ""
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

@@ -38,6 +38,7 @@ def test_without_xdist_nothing_is_pinned(monkeypatch):
         ("tests/test_correctness.py::test_oracle[b1-h8kv2-s256-d128-causal-bf16-sdpa-flash]", "b1-h8kv2-s256-d128-causal-bf16"),
         ("tests/test_correctness.py::test_oracle[b2-h4-q1kv9-d96v64-fp32-flex]", "b2-h4-q1kv9-d96v64-fp32"),
         ("tests/test_distributed.py::test_tensor_parallel[b1-h2-s64-d64-fp16-core-sdpa]", "b1-h2-s64-d64-fp16"),
+        ("tests/test_correctness.py::test_probes[sdpa-flash]", ""),
         ("tests/test_workload.py::test_ids[b1-h2]", ""),
         ("tests/test_workload.py::test_round_trip", ""),
     ],
@@ -47,13 +48,15 @@ def test_the_workload_of_a_test_is_told_from_its_id(nodeid, expected):
 
 
 @pytest.mark.slow
-def test_a_workload_s_tests_go_to_one_worker(run_suite):
-    run = run_suite("-n", "2", "-m", "correctness", "--workload", "small,odd", "--impl", "sdpa,sdpa-math", "-v")
+@pytest.mark.parametrize(("arguments", "workloads"), [(("--workload", "small,odd"), 2), ((), 11)])
+def test_a_workload_s_tests_go_to_one_worker(run_suite, arguments, workloads):
+    run = run_suite("-n", "2", "-m", "correctness", *arguments, "--impl", "sdpa,sdpa-math", "-v")
     assert run.code == 0
-    found = re.findall(r"^\[(gw\d)\].*PASSED tests/test_correctness.py::\S+\[(b2-h\S+?)-(?:sdpa|sdpa-math)\]", run.out, re.M)
-    assert len(found) == 16
+    found = re.findall(r"^\[(gw\d)\].*(?:PASSED|SKIPPED) \S+py::\S+\[(b\d-h\S+?)-(?:sdpa|sdpa-math)\]", run.out, re.M)
+    assert len(found) > 4 * workloads
     places = {workload: {worker for worker, one in found if one == workload} for _, workload in found}
-    assert [len(workers) for workers in places.values()] == [1, 1]
+    assert [len(workers) for workers in places.values()] == workloads * [1]
+    assert len(re.findall(r"PASSED tests/test_correctness.py::test_probes\[(?:sdpa|sdpa-math)\]", run.out)) == 2
 
 
 def test_a_chosen_distribution_is_left_alone(pytestconfig, monkeypatch):

@@ -51,7 +51,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     # without ranks the distributed tests are left out: one of each stands for the thousands that need not be made
     made = slice(1) if marker and not session.ranks else slice(None)
     if "workload" in metafunc.fixturenames:
-        metafunc.parametrize("workload", selected.workloads[made], ids=str, indirect=True, scope="module")
+        more = selected.also_checked if metafunc.definition.get_closest_marker("correctness") else ()
+        metafunc.parametrize("workload", [*selected.workloads, *more][made], ids=str, indirect=True, scope="module")
     if "form" in metafunc.fixturenames:
         assert marker, "a test over forms is distributed, and its marker names the strategy"
         metafunc.parametrize("form", selected.forms[marker.kwargs["strategy"]][made], ids=lambda form: form.name)
@@ -125,6 +126,8 @@ def report_header(config: pytest.Config) -> list[str]:
     lines = [f"attention: {device}, torch {torch.__version__}, seed {selected.seed}"]
     if selected.cpu_rule:
         lines.append(f"CPU-sized presets: {selected.cpu_rule}")
+    if selected.also_checked and not config.getoption("benchmark_only", False):
+        lines.append(f"correctness tests: also on {len(selected.also_checked)} workloads that are not timed (adversarial-…)")
     if resumed := session_of(config).resumed:
         lines.append(resumed.describe())
     return lines
@@ -140,9 +143,9 @@ def report_status(report: Any, config: pytest.Config) -> tuple[str, str, str] | 
 
 @contextlib.contextmanager
 def watched(item: pytest.Item) -> Iterator[None]:
-    """Time-limit a test over cases."""
+    """Time-limit a test of an implementation."""
     debugged = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
-    if _case_of(item) is None or debugged:
+    if "implementation" not in getattr(item, "fixturenames", ()) or debugged:
         yield
         return
     watchdog = item.config.stash[WATCHDOG]

@@ -148,10 +148,10 @@ def brief(answers: dict[str, str]) -> str:
     return "; ".join([*named, ", ".join(counted)] if counted else named)
 
 
-def objection(answers: dict[str, str], w: Workload) -> str:
-    """The first wrong answer that matters to a workload, with the probe's name, or ""."""
+def objection(answers: dict[str, str], w: Workload | None = None) -> str:
+    """The first wrong answer (w: that matters to this workload), with the probe's name, or ""."""
     for asked in PROBES:
         text = answers.get(asked.name, "")
-        if text.startswith("wrong") and asked.concerns(w):
+        if text.startswith("wrong") and (w is None or asked.concerns(w)):
             return f"fails the probe {asked.name!r} ({asked.workload}): {text.removeprefix('wrong: ')}"
     return ""

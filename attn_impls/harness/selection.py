@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ..parallel import STRATEGIES, Form
-from ..presets import CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from ..presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 from ..registry import REGISTRY, Implementation, discover, load_file
 from ..workload import DIRECTIONS, DTYPES, Workload
 from .environment import device_bytes
@@ -46,6 +46,7 @@ class Selection:
     overlap_streams: tuple[int, ...] = (2, 2)
     pad_heads: bool = False
     cpu_rule: str = ""  # how presets were scaled, where they were
+    also_checked: tuple[Workload, ...] = ()  # by the correctness tests, beside `workloads`
 
 
 def resolve(options: dict[str, Any]) -> Selection:
@@ -54,9 +55,10 @@ def resolve(options: dict[str, Any]) -> Selection:
         device = _device(options["device"])
         implementations = _implementations(options["impl"], options["require_impl"])
         labels, scaled = _workloads(options, device)
+        also_checked = [] if _chosen(options) else [preset(name) for name in COMBINATIONS]
         forms = _forms(options["form"])
         directions = _directions(options["direction"])
-        for w in labels:
+        for w in (*labels, *also_checked):
             _must_fit(w, device)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
@@ -78,6 +80,7 @@ def resolve(options: dict[str, Any]) -> Selection:
         options["overlap_streams"],
         options["pad_heads"],
         CPU_RULE if scaled else "",
+        tuple(also_checked),
     )
 
 
@@ -126,15 +129,20 @@ def _known(name: str, flag: str) -> Implementation:
     return REGISTRY[name]
 
 
+def _chosen(options: dict[str, Any]) -> bool:
+    """Whether the options say which workloads; if not, the default set is run."""
+    return bool(options["workload"]) or list(_overrides(options)) != [{}]
+
+
 def _workloads(options: dict[str, Any], device: str) -> tuple[dict[Workload, str], bool]:
     """The workloads in order, each with its preset's name ("" for none), and whether presets were scaled for a CPU."""
     overrides = list(_overrides(options))
-    names = options["workload"] or (["seed"] if overrides != [{}] else list(DEFAULT_PRESETS))
+    names = options["workload"] or (["seed"] if _chosen(options) else list(DEFAULT_PRESETS))
     labels: dict[Workload, str] = {}
     scaled = False
     for name in names:
         for base, label in _named(name):
-            if label and device == "cpu":
+            if label and label not in COMBINATIONS and device == "cpu":
                 base, label, scaled = cpu_sized(base), f"{label}, CPU-sized", True
             for override in overrides:
                 w = _overridden(base, override)

@@ -129,6 +129,22 @@ class Session:
         with self.outcome(case):
             self._measure(case, problem, benchmark)
 
+    def answers(self, implementation: Implementation) -> dict[str, str]:
+        """What an implementation answers to the probes. Skips or fails the test if it cannot be asked."""
+        case = Case(probes.PROBES[0].workload, implementation, self.device)
+        self.admit(case)
+        with self.outcome(case):
+            self._answers(implementation)
+        return self._probed[implementation.name]
+
+    def _answers(self, implementation: Implementation) -> dict[str, str]:
+        """The same, asked once a session; the more its cases took to build so far, the less."""
+        name = implementation.name
+        if name not in self._probed:
+            built = [seconds for case, (_, seconds) in self._checked.items() if case.implementation is implementation]
+            self._probed[name] = probes.ask(implementation, self.device, max(built, default=0.0))
+        return self._probed[name]
+
     @contextlib.contextmanager
     def outcome(self, case: Case) -> Iterator[None]:
         """Turn what a case raises into pytest's outcome, and free its memory."""
@@ -181,10 +197,10 @@ class Session:
             if verdict.disqualified:
                 raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
         name, layout = case.implementation.name, case.implementation.layout
-        if name not in self._probed:
-            self._probed[name] = probes.ask(case.implementation, self.device, build_seconds)
+        asked_now = name not in self._probed
+        answers = self._answers(case.implementation)
+        if asked_now:
             kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
-        answers = self._probed[name]
         if objection := probes.objection(answers, case.workload):
             raise CaseFailed(f"{name} {objection}; it is not timed")
         call = problem.call(case, kernel)
