@@ -66,6 +66,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     plugin.parametrize(metafunc)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    plugin.mark_collected(item)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     plugin.modify_items(config, items)

@@ -17,7 +17,7 @@ PAGE = 16  # tokens, where it divides kv_len: a contiguous cache is then a paged
     backward=False,
     dispatches=True,
     concurrent=False,  # its single-request prefill has one scratch buffer a device
-    slow_build=True,
+    compiles="minutes",
     install="pip install flashinfer-python (compiles with nvcc when first used)",
 )
 def flashinfer(w: Workload):

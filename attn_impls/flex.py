@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from attn_impls import Unsupported, Workload, attention
 
 
-@attention("flex")
+@attention("flex", compiles="seconds")
 def flex(w: Workload):
     device = torch.get_default_device()
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):

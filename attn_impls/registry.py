@@ -44,7 +44,7 @@ class Implementation:
     approximate: bool | str = False
     dispatches: bool = False
     concurrent: bool = True
-    slow_build: bool = False
+    compiles: str = ""
     install: str = ""
     source: str = ""
     broken: str = ""  # why a package that should have registered this could not
@@ -99,7 +99,7 @@ def attention(
     approximate: bool | str = False,
     dispatches: bool = False,
     concurrent: bool = True,
-    slow_build: bool = False,
+    compiles: str = "",
     install: str = "",
 ) -> Callable[[Callable[[Workload], Kernel]], Implementation]:
     """Register the decorated builder as the implementation `name`.
@@ -108,8 +108,9 @@ def attention(
     of them will do. layout: of q, k, v and out, "bhsd" or "bshd". devices: types it runs on. backward: whether
     autograd works. approximate: low precision inside, marked so and judged by the budget of its own class: "int8" (q·kᵀ of
     int8, p·v of fp16), "fp8" (both of fp8), or True for the looser of them. dispatches: the library chooses among kernels, so
-    what it chose is shown. concurrent: whether several of its kernels may run at once, on streams of their own. slow_build: each
-    kind of kernel compiles for minutes, so a benchmark builds none but its case's. install: one line that says how to get it.
+    what it chose is shown. concurrent: whether several of its kernels may run at once, on streams of their own. compiles: how
+    long for each kind of workload, "seconds" or "minutes", if it shows: tests on workloads that are not timed are `slow` then,
+    and where it takes minutes a benchmark builds nothing but its case. install: one line that says how to get it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"implementation {name!r}: layout is {layout!r}, give one of {', '.join(LAYOUTS)}")
@@ -117,6 +118,8 @@ def attention(
         raise ValueError(f"implementation name {name!r}: use letters, digits, '_', '-' and '.'")
     if not set(devices) <= set(DEVICES) or isinstance(devices, str):
         raise ValueError(f"implementation {name!r}: devices is {devices!r}, give a tuple of {', '.join(DEVICES)}")
+    if compiles not in ("", "seconds", "minutes"):
+        raise ValueError(f"implementation {name!r}: compiles is {compiles!r}, give 'seconds', 'minutes' or ''")
     if approximate not in (False, True, *PRECISIONS):
         raise ValueError(f"implementation {name!r}: approximate is {approximate!r}, give True, {', '.join(PRECISIONS)} or False")
     dists = (dist,) if isinstance(dist, str) and dist else tuple(dist)
@@ -135,7 +138,7 @@ def attention(
             approximate=approximate,
             dispatches=dispatches,
             concurrent=concurrent,
-            slow_build=slow_build,
+            compiles=compiles,
             install=install,
             source=source,
         )

@@ -9,6 +9,7 @@ import pytest
 
 from attn_impls.harness import outside
 from attn_impls.harness.options import OPTIONS
+from attn_impls.presets import COMBINATIONS
 from attn_impls.presets import COMBINATIONS, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 
 ID = "b1-h2-s32-d16-fp32"
@@ -405,3 +406,11 @@ def test_a_file_of_another_folder_needs_an_equals_sign(monkeypatch, tmp_path, fo
     arguments = ["-m", "correctness", "--impl", str(tmp_path / "mine.py")]
     with pytest.raises(pytest.UsageError, match=r"write --impl=.*mine\.py") if told else nullcontext():
         outside.pytest_load_initial_conftests(config, arguments)
+
+
+def test_what_compiles_is_slow_where_no_benchmark_needs_it(run_suite, folder):
+    run = run_suite("--co", "-q", "-m", "correctness and slow", "--impl", "sdpa,flex", cwd=folder)
+    assert run.ids
+    assert all(identity.endswith("-flex]") for identity in run.ids)
+    assert len(run.ids) == 4 * len(COMBINATIONS)
+    assert not run_suite("--co", "-q", "-m", "correctness and slow", "--impl", "flex", "--workload", "small", cwd=folder).ids

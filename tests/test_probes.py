@@ -150,7 +150,7 @@ def unable(w):
 @attention("absent", dist="no-such-dist", install="pip install no-such-dist")
 def absent(w): ...
 
-@attention("cached", slow_build=True)
+@attention("cached", compiles="minutes")
 def cached(w):
     return broken()(w)
 
@@ -202,7 +202,7 @@ def test_who_was_slow_to_build_is_asked_nothing(suite):
 
 
 def test_who_compiles_for_long_is_not_asked(suite):
-    quick, cached = Implementation("quick", broken()), Implementation("cached", broken(), slow_build=True)
+    quick, cached = Implementation("quick", broken()), Implementation("cached", broken(), compiles="minutes")
     for answers in (probes.ask(quick, suite.device, probes.TOO_SLOW + 1), probes.ask(cached, suite.device, 0.1)):
         assert list(answers) == NAMES
         assert probes.brief(answers) == f"{len(NAMES)} not asked"

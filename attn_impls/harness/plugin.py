@@ -61,6 +61,16 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("implementation", implementations, ids=[one.name for one in implementations], indirect=True)
 
 
+def mark_collected(item: pytest.Item) -> None:
+    """Mark as slow what compiles anew for a workload that no benchmark needs."""
+    callspec = getattr(item, "callspec", None)
+    if not callspec or not {"workload", "implementation"} <= set(callspec.params):
+        return
+    workload, implementation = callspec.params["workload"], callspec.params["implementation"]
+    if implementation.compiles and workload in session_of(item.config).selection.also_checked:
+        item.add_marker(pytest.mark.slow)
+
+
 def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give benchmarks their timer and group; leave out what cannot run in this kind of run."""
     session = session_of(config)

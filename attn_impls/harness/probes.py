@@ -133,7 +133,7 @@ def answer(asked: Probe, implementation: Implementation, device: str) -> str:
 def ask(implementation: Implementation, device: str, build_seconds: float) -> dict[str, str]:
     """The answers before a first timing, in a hurry; none of an implementation whose case took longer than TOO_SLOW to build, or
     would have if its kernel were not cached."""
-    if build_seconds > TOO_SLOW or implementation.slow_build:
+    if build_seconds > TOO_SLOW or implementation.compiles == "minutes":
         return dict.fromkeys((asked.name for asked in PROBES), "not asked: slow to build")
     return probe(implementation, device, hurry=True)
 
