@@ -9,7 +9,6 @@ import pytest
 
 from attn_impls.harness import outside
 from attn_impls.harness.options import OPTIONS
-from attn_impls.presets import COMBINATIONS
 from attn_impls.presets import COMBINATIONS, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 
 ID = "b1-h2-s32-d16-fp32"

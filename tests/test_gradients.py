@@ -162,12 +162,6 @@ def scribbling(gradients, dout, out):
     return found
 
 
-def as_if_contiguous(gradients, dout, _out):
-    if dout.is_contiguous():
-        return gradients(dout)
-    return gradients(dout.transpose(1, 2).reshape(dout.shape))  # its memory, read in the order of the shape
-
-
 WRONG_IN_TRAINING = {
     "another output": (
         lambda out: 0.9 * out,
@@ -175,7 +169,6 @@ WRONG_IN_TRAINING = {
         "differs in the output of its training",
     ),
     "no output": (lambda out: out * float("nan"), lambda gradients, dout, _out: gradients(dout), "returned NaN"),
-    "dout read as if contiguous": (lambda out: out, as_if_contiguous, "differs in d"),
     "output overwritten": (lambda out: out, scribbling, "changed its output in the backward pass"),
     "dout through float16": (lambda out: out, lambda gradients, dout, _out: gradients(dout.half().to(dout)), "differs in d"),
 }

@@ -97,7 +97,7 @@ def test_core_efficiency(spreads, length, fill, capsys):
     timing = Rounds(ranks, spreads.session.clock, calls).run(Pedantic(), 50, 10)
     pairs = zip(timing["one rank"].samples, timing["ranks"].samples, strict=True)
     efficiency = statistics.median(one.seconds / all_.seconds for one, all_ in pairs) / ranks.size
-    best = best_efficiency(w.num_heads, length, ranks.size)
+    best = best_efficiency(w.heads, length, ranks.size)
     with capsys.disabled():
         if ranks.rank == 0:
             print(

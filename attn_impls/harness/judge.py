@@ -17,7 +17,7 @@ from . import backward, gradients
 from . import inputs as make
 from .approximate import loosened
 from .case import Case, CaseFailed, DeviceLost, build, call
-from .inputs import Inputs, as_layout, transposed_in_memory
+from .inputs import Inputs, as_layout
 from .oracle import Reference, reference
 
 POISON_BYTES = 2**28
@@ -202,8 +202,7 @@ class Problem:
             raise Unsupported("gradients of approximate kernels have no budget")
         layout = case.implementation.layout
         natives = [inputs.as_layout(layout) for inputs in (self.needles, self.plain)]
-        # behind an output projection, dout is a view of another layout
-        douts = [transposed_in_memory(as_layout(self.douts[0], layout)), as_layout(self.douts[1], layout)]
+        douts = [as_layout(dout, layout) for dout in self.douts]
         twice = []
         for _ in range(2):
             poison(self.workload, self.device)
