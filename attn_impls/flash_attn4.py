@@ -5,7 +5,14 @@ import torch
 from attn_impls import Unsupported, Workload, attention
 
 
-@attention("flash_attn4", dist="flash-attn-4", layout="bshd", devices=("cuda",), install="pip install --pre flash-attn-4")
+@attention(
+    "flash_attn4",
+    dist="flash-attn-4",
+    layout="bshd",
+    devices=("cuda",),
+    compiles="seconds",
+    install="pip install --pre flash-attn-4",
+)
 def flash_attn4(w: Workload):
     from flash_attn.cute import flash_attn_func
 

@@ -104,14 +104,8 @@ COMBINATIONS = {
     ),
 }
 PRESETS |= COMBINATIONS
-# sizes that overflow, and so never in a default set
-PRESETS |= {
-    "large-int32-offsets": (
-        "b80-h8-q1kv32768-d128-causal-bf16",
-        "2.7e9 elements of K: an offset held in an int32 overflows beyond 2^31",
-    ),
-    "large-grid": ("b2560-h32-s16-d64-bf16", "batch · heads 81920: a CUDA grid's y and z end at 65535"),
-}
+# a size that overflows, and so never in a default set
+PRESETS["large-grid"] = ("b2560-h32-s16-d64-bf16", "batch · heads 81920: a CUDA grid's y and z end at 65535")
 
 DEFAULT_PRESETS = ("seed", "seed-causal", "llama3-8b-prefill", "small", "odd")
 

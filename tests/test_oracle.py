@@ -126,7 +126,7 @@ def test_chunks_change_nothing(monkeypatch, text):
     whole = oracle.reference(w, x)
     monkeypatch.setattr(oracle, "CHUNK_BYTES", 1)
     chunked = oracle.reference(w, x)
-    torch.testing.assert_close(chunked.out, whole.out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(chunked.out, whole.out, rtol=1e-10, atol=0)  # sums in another order; V is loud
     torch.testing.assert_close(chunked.norm, whole.norm, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked.budget, whole.budget, rtol=0.5, atol=0)  # products of other shapes may round otherwise
 

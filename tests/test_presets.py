@@ -56,15 +56,11 @@ def test_combinations_are_what_their_comments_say():
     assert value_dim.group == 5
 
 
-def test_large_presets_overflow():
-    w = preset("large-int32-offsets")
-    batch, heads, length, dim = w.shapes()["k"]
-    assert batch * heads * length * dim > 2**31
-    assert sum(a * b * c * d for a, b, c, d in w.shapes().values()) * w.dtype.itemsize < 0.3 * 80 * 10**9  # of an H100's memory
+def test_the_large_preset_overflows():
     w = preset("large-grid")
     assert w.batch * w.heads > 65535
     assert w.flops() < 1e10
-    assert not {"large-int32-offsets", "large-grid"} & {*DEFAULT_PRESETS, *COMBINATIONS}
+    assert "large-grid" not in {*DEFAULT_PRESETS, *COMBINATIONS}
 
 
 def test_seed_is_the_comparison_it_grew_from():

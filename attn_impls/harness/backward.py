@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..registry import Kernel, Unsupported, one_line
-from .case import Case, CaseFailed, OutOfMemory, guard
+from .case import Case, CaseFailed, OutOfMemory, guard, release, validate
 from .inputs import Inputs
 
 # how a library says that it has a forward pass only
@@ -82,9 +82,11 @@ def passes(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence
     """
     try:
         return _together(case, kernel, inputs, douts)
-    except OutOfMemory:
+    except OutOfMemory as error:
         if len(inputs) == 1:
             raise
+        failure = OutOfMemory(str(error))  # without the frames, which hold what the first attempt took
+    release(case.device, failure)
     return [one for x, dout in zip(inputs, douts, strict=True) for one in _together(case, kernel, [x], [dout])]
 
 
@@ -102,12 +104,13 @@ def _together(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Seque
                 call.ready(1)
                 if not call.outs[0].requires_grad:
                     raise Unsupported("forward only: its output carries no gradient")
+                validate(case, call.outs[0])
             outs = [call.outs[0] for call in calls]
             before = [out.detach().clone() for out in outs]
             for call, out, copy in zip(calls, outs, before, strict=True):
                 gradients = call()
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
-                found.append(Pass(copy, gradients, complaint))
+                found.append(Pass(copy, Inputs(*(gradient.clone() for gradient in gradients)), complaint))
         except Unsupported:
             raise
         except Exception as error:

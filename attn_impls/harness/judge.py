@@ -225,7 +225,7 @@ class Problem:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
         outs = [one.out for one in twice]
         of, repeatable = "the output of its training pass", torch.equal(*outs)
-        complaint = complaint or _nan(outs[0]) or twice[0].complaint
+        complaint = complaint or next(filter(None, (*(_nan(out, of) for out in outs), *(one.complaint for one in twice))), "")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=of)
         worst, drift = (max(map(figure, outs)) for figure in (known.over_budget, known.drift_over_budget))
@@ -234,7 +234,7 @@ class Problem:
     def _gradient_verdict(self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None) -> Verdict:
         """Of one gradient for one of the inputs."""
         repeatable = torch.equal(*twice)
-        complaint = _nan(twice[0])
+        complaint = _nan(twice[0], f"d{name}")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=f"d{name}")
         heads = self.gradient_heads[name]
@@ -289,7 +289,7 @@ class Problem:
             return _worst_row(parts[0], parts[0], self.known(case.implementation.approximate)[1], "")
         known, heads = self.gradient_references[1], self.gradient_heads
         named = zip("qkv", parts, strict=True)
-        found = [_worst_row(part, part[:, heads[name]], known[name], f" of d{name}") for name, part in named]
+        found = [_worst_row(part, part[:, heads[name]], known[name], f"d{name}") for name, part in named]
         return max(found, key=lambda one: one[0])
 
 
@@ -328,15 +328,17 @@ def _most(values: Iterable[float | None]) -> float | None:
 
 def _worst_row(out: torch.Tensor, judged: torch.Tensor, known: Reference, of: str) -> tuple[float, str]:
     """The error of an output by those of its heads that are known, over its budget, and in words; infinity for any NaN."""
-    if nan := _nan(out):
-        return math.inf, nan + of
-    error = known.over_budget(judged)
-    return error, f"its worst row{of} errs {error:.3g} × the budget"
+    if nan := _nan(out, of):
+        return math.inf, nan
+    error, drift = known.over_budget(judged), known.drift_over_budget(judged)
+    if drift > max(error, 1):
+        return drift, f"its rows{of and f' of {of}'} are all a little off, {drift:.3g} × the budget"
+    return error, f"its worst row{of and f' of {of}'} errs {error:.3g} × the budget"
 
 
-def _nan(out: torch.Tensor) -> str:
+def _nan(out: torch.Tensor, of: str = "") -> str:
     rows = out.isnan().any(-1)
-    return f"returned NaN in {int(rows.sum())} of {rows.numel()} rows" if bool(rows.any()) else ""
+    return f"returned NaN in {int(rows.sum())} of {rows.numel()} rows{of and f' of {of}'}" if bool(rows.any()) else ""
 
 
 def _complaint(out: torch.Tensor | None, original: Inputs, copy: Inputs, layout: str) -> str:

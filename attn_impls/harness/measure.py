@@ -15,7 +15,7 @@ import torch
 
 from .clock import CPU_ROUND_SECONDS, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
 
-ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 1.0}  # for the rounds of a case
+ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 0.5}  # for the rounds of a case
 MAX_ROUNDS = 100
 MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
 WARMUP_SECONDS = 0.2
@@ -52,11 +52,12 @@ def run(
 ) -> Timing:
     """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones.
 
-    seen: called with the output of each round of `call`, those that plan and warm up included.
+    seen: called with the output of each round of `call`, those that warm up included, and after those that plan.
     """
     clock.reset()
-    subject, other = Subject(call, seen=seen), Subject(baseline) if baseline else None
+    subject, other = Subject(call), Subject(baseline) if baseline else None
     planned, warmup = plan(clock, [s for s in (subject, other) if s], clock.sample)
+    subject.seen = seen  # not while planning, which would count what it takes
     rounds = rounds or planned
     warmup = warmup if warmup_rounds is None else warmup_rounds
     timed = slice(len(subject.samples) + warmup, len(subject.samples) + warmup + rounds)  # --benchmark-cprofile adds more

@@ -84,7 +84,7 @@ class Bench:
         return [(Inputs(*(t.double() for t in x)), r) for x, r in zip(inputs, self.problem.references, strict=True)]
 
     def differs(self, mutant: Mutant) -> bool:
-        """Whether the mutant, computed in float64, differs from the oracle in any call that the judge would make."""
+        """Whether the mutant, computed in float64, differs from the oracle in one of two calls on each of the judged inputs."""
         kernel = mutant.build(self.workload)
         for inputs, known in self.exact:
             for _ in range(2):

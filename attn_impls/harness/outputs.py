@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .case import Case, validate
+from .case import Case, CaseFailed, out_of_memory, validate
 from .judge import Problem
 
 MOST_JUDGED = 10  # deviating rounds of a case; beyond that, only those that lie farther off than any judged before
@@ -27,7 +27,13 @@ class Outputs:
         self._wrong: list[tuple[float, str, int, int]] = []  # error over budget, in words, the round, and how many are like it
 
     def see(self, out: Any) -> None:
-        """Compare the output of a round. Raises CaseFailed where it is none."""
+        """Compare the output of a round. Raises CaseFailed where it is none, or where there is no room to compare it."""
+        try:
+            self._see(out)
+        except torch.OutOfMemoryError as error:  # not the kernel's
+            raise CaseFailed(f"the check of its rounds' outputs ran out of memory: {out_of_memory(error)}") from None
+
+    def _see(self, out: Any) -> None:
         self.rounds += 1
         if self.case.direction == "forward":
             validate(self.case, out)
