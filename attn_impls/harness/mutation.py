@@ -15,9 +15,10 @@ from .case import Case, CaseFailed, build
 from .criteria import CRITERIA
 from .gradient_mutants import GRADIENT_MUTANTS
 from .inputs import Inputs
-from .judge import Problem, Verdict
+from .judge import Problem
 from .mutants import MUTANTS, Mutant
 from .oracle import Reference, attend
+from .verdict import Verdict
 
 # The default presets once more cut down, to what takes milliseconds on a CPU, and what they do not have
 WORKLOADS = tuple(

@@ -22,11 +22,12 @@ from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrat
 from .identity import identity
 from .inputs import as_layout
 from .journal import Journal
-from .judge import Problem, Verdict
+from .judge import Problem
 from .outputs import Outputs
 from .ranks import Ranks
 from .selection import Selection
 from .spread import Spreads
+from .verdict import Verdict
 
 
 class Session:
