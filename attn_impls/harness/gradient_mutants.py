@@ -13,7 +13,7 @@ from ..registry import Kernel
 from ..workload import Workload
 from . import steps
 from .backward_steps import Gradients, broken, summed
-from .mutants import Mutant, bf16, fp16, swap
+from .mutants import Mutant, bf16, fp16, swap, wide
 from .steps import TILE, right_mask
 
 # Masks of the recomputed scores
@@ -229,10 +229,6 @@ OUTPUTS = [
 
 def many_terms(w: Workload) -> bool:
     return w.causal and w.group * w.q_len >= 256 and w.dtype != torch.float32
-
-
-def wide(w: Workload) -> bool:
-    return w.dtype != torch.float16
 
 
 def added_low(w: Workload, p: Tensor, dout: Tensor) -> Tensor:

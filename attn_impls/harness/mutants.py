@@ -266,6 +266,11 @@ def fp16(x: Tensor) -> Tensor:
     return steps.rounded(x, torch.float16)
 
 
+def wide(w: Workload) -> bool:
+    """The dtype has room for what float16 has not."""
+    return w.dtype != torch.float16
+
+
 def sums_low(w: Workload) -> bool:
     return w.kv_len >= 128 and w.window == 0 and w.dtype != torch.float32
 
@@ -281,13 +286,8 @@ ROUNDING = [
     ),
     Mutant("inputs through TF32", "allow_tf32", through(steps.tf32), lambda w: w.dtype == torch.float32),
     Mutant("inputs through bf16", "a cast", through(bf16), lambda w: w.dtype != torch.bfloat16),
-    Mutant("V through fp16", "no room for its range", through(fp16, "v"), lambda w: w.dtype != torch.float16),
-    Mutant(
-        "output through fp16",
-        "no room for its range",
-        broken(after=lambda _w, out: fp16(out)),
-        lambda w: w.dtype != torch.float16,
-    ),
+    Mutant("V through fp16", "no room for its range", through(fp16, "v"), wide),
+    Mutant("output through fp16", "no room for its range", broken(after=lambda _w, out: fp16(out)), wide),
     Mutant("K through fp8", "an undeclared quantisation", through(steps.quantised, "k"), lambda _w: True),
     Mutant("V through fp8", "an undeclared quantisation", through(steps.quantised, "v"), lambda _w: True),
     Mutant(

@@ -189,21 +189,27 @@ class Session:
             self._checked[case] = verdict, build_seconds
         return kernel
 
-    def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
-        sdpa_is_wrong = False
+    def _approved(self, case: Case, problem: Problem) -> tuple[Kernel, bool]:
+        """The kernel, checked and probed, and whether SDPA failed the check. Raises CaseFailed where it may not be timed."""
+        name, sdpa_is_wrong = case.implementation.name, False
         for checked in dict.fromkeys((replace(case, direction="forward"), case)):
             kernel = self._prepare(checked, problem)
-            verdict, build_seconds = self._checked[checked]
+            verdict, _ = self._checked[checked]
             sdpa_is_wrong |= verdict.sdpa_is_wrong
             if verdict.disqualified:
-                raise CaseFailed(f"{case.implementation.name} {verdict.disqualified}; it is not timed")
-        name, layout = case.implementation.name, case.implementation.layout
+                raise CaseFailed(f"{name} {verdict.disqualified}; it is not timed")
         asked_now = name not in self._probed
         answers = self._answers(case.implementation)
         if asked_now:
             kernel = self._prepare(case, problem)  # a builder that resets a compiler has undone the first one
         if objection := probes.objection(answers, case.workload):
             raise CaseFailed(f"{name} {objection}; it is not timed")
+        return kernel, sdpa_is_wrong
+
+    def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
+        kernel, sdpa_is_wrong = self._approved(case, problem)
+        name, layout = case.implementation.name, case.implementation.layout
+        (verdict, build_seconds), answers = self._checked[case], self._probed[name]
         call = problem.call(case, kernel)
         baseline = None if sdpa_is_wrong else self._baseline(case, problem)
         outputs = Outputs(case, problem)
