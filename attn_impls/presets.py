@@ -87,8 +87,8 @@ COMBINATIONS = {
         "the same without a mask, which would hide the last tile's padding from most queries",
     ),
     "adversarial-window": (
-        "b2-h8kv2-q5kv133-d64-causal-win37-bf16",
-        "the same with a window that ends inside a tile, and few queries, as in speculative decoding",
+        "b2-h8kv2-q5kv133-d64-causal-win66-bf16",
+        "the same with a window that ends inside a tile and at its border, and few queries, as in speculative decoding",
     ),
     "adversarial-all-options": (
         "b3-h6kv2-q5kv133-d80-causal-win37-cap20-scale50-bf16",
@@ -98,9 +98,21 @@ COMBINATIONS = {
         "b2-h8kv2-q1kv690-d64-causal-win100-cap50-bf16",
         "the same with one query, whose path is often another kernel, over split keys",
     ),
+    "adversarial-split": (
+        "b2-h8kv2-q1kv690-d64-causal-bf16",
+        "the same with every key seen, so that each split has its share, and no option that few kernels have",
+    ),
+    "adversarial-blind": (
+        "b1-h2-q77kv40-d40-causal-bf16",
+        "more queries than keys, of which the first see none, at a head dim that is padded",
+    ),
     "adversarial-value-dim": (
         "b1-h10kv2-q77kv203-d112v128-causal-bf16",
         "the same with values longer than keys, both padded, and heads in fives",
+    ),
+    "adversarial-mla": (
+        "b1-h4kv2-q77kv203-d192v128-causal-bf16",
+        "the same with values shorter than keys, as in multi-head latent attention",
     ),
 }
 PRESETS |= COMBINATIONS

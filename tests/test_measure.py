@@ -113,10 +113,11 @@ def test_without_a_baseline_only_the_case_runs(run):
 @pytest.mark.parametrize(
     ("cost", "baseline", "planned"),
     [
-        (2**-20, False, (100, 10)),  # both at their most
-        (2**-6, False, (100, 10)),
-        (2**-5, False, (64, 7)),  # 2 s / 31 ms; 0.2 s / 31 ms
-        (2**-5, True, (32, 4)),  # a round holds two calls
+        (2**-20, False, (100, 5)),  # both at their most
+        (2**-9, False, (61, 5)),  # 0.12 s / 2 ms
+        (2**-8, False, (50, 5)),  # enough, within 2 s
+        (2**-5, False, (50, 5)),
+        (2**-5, True, (32, 4)),  # 2 s and 0.2 s / 62 ms: a round holds two calls
         (2**-3, False, (20, 3)),  # both at their least
         (4.0, True, (20, 3)),
     ],
@@ -126,8 +127,8 @@ def test_rounds_fit_the_time_there_is(run, cost, baseline, planned):
     assert benchmark.given == planned
 
 
-@pytest.mark.parametrize(("baseline", "warmup"), [(False, 200), (True, 100)])
-def test_a_cpu_loops_for_a_millisecond_and_warms_up_for_200_ms(run, baseline, warmup):
+@pytest.mark.parametrize(("baseline", "warmup"), [(False, 100), (True, 50)])
+def test_a_cpu_loops_for_a_millisecond_and_warms_up_for_100_ms(run, baseline, warmup):
     loops, clock = set(), FakeClock("host", cost=1e-9, seconds=lambda _: 2**-14)
     real = clock.sample
 
@@ -148,7 +149,7 @@ def test_a_slow_cpu_call_is_not_looped(run):
     assert len(calls) == 2 + 7 + 3
 
 
-@pytest.mark.parametrize(("options", "given"), [({"rounds": 7}, (7, 10)), ({"warmup_rounds": 0}, (100, 0))])
+@pytest.mark.parametrize(("options", "given"), [({"rounds": 7}, (7, 5)), ({"warmup_rounds": 0}, (60, 0))])
 def test_options_replace_the_plan(run, options, given):
     assert run(FakeClock(), **options)[1].given == given
 

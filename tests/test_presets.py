@@ -35,25 +35,30 @@ def test_defaults_exist_and_have_both_masks():
 
 
 def test_combinations_are_what_their_comments_say():
-    offset, ragged, window, options, decode, value_dim = map(preset, COMBINATIONS)
-    for w in (offset, ragged, window, options, decode, value_dim):
+    offset, ragged, window, options, decode, split, blind, value_dim, mla = map(preset, COMBINATIONS)
+    for w in map(preset, COMBINATIONS):
         assert w.kv_len % 64 != 0
-        assert w.q_len < w.kv_len
-        assert w.group > 1
+        assert (w.q_len < w.kv_len) == (w != blind)
+        assert (w.group > 1) == (w != blind)
+        assert w.causal == (w != ragged)
         assert max(w.q_len, w.kv_len) < 1024  # full size on a CPU
-    assert {w.causal for w in (offset, window, options, decode, value_dim)} == {True}
-    assert not ragged.causal
     assert offset.batch == ragged.batch == options.batch == 3
     assert offset.group == ragged.group == options.group == 3
     assert offset.q_len % 16 != 0 != offset.offset % 16
     assert window.window % 16 != 0
+    first_keys = {i + window.offset - window.window + 1 for i in range(window.q_len)}
+    assert any(key % 64 == 0 for key in first_keys)  # one key more would be of another tile
     assert (window.q_len > 1, window.softcap) == (True, 0)
     assert options.window % 16 != 0
     assert options.softcap not in (0, 50)
     assert options.scale_dim != options.head_dim == 80
     assert (decode.q_len, bool(decode.window), bool(decode.softcap)) == (1, True, True)
+    assert (split.q_len, split.window, split.softcap) == (1, 0, 0)
+    assert blind.blind_rows
+    assert blind.head_dim not in (32, 64)
     assert value_dim.v_head_dim > value_dim.head_dim
     assert value_dim.group == 5
+    assert (mla.head_dim, mla.v_head_dim) == (192, 128)
 
 
 def test_the_large_preset_overflows():

@@ -18,8 +18,9 @@ from .clock import CPU_ROUND_SECONDS, Clock, DeviceClock, HostClock, Sample, Sub
 ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 0.5}  # for the rounds of a case
 MAX_ROUNDS = 100
 MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
-WARMUP_SECONDS = 0.2
-MIN_WARMUP, MAX_WARMUP = 3, 10
+ENOUGH_ROUNDS, QUICK_SECONDS = 50, 0.12  # a GPU's case gets more than enough only where they all fit this time
+WARMUP_SECONDS = {"device": 0.2, "host": 0.1}
+MIN_WARMUP, MAX_WARMUP = 3, 5  # the judge has called it before
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
 ENQUEUE_CYCLES, ENQUEUE_BATCH_SECONDS = 8_000_000, 2e-3  # a spin of about 4 ms, and what the host may take of it for a batch
 THROTTLED = 0.95  # p5 of the SM clock below this share of its median
@@ -103,8 +104,10 @@ def plan(clock: Clock, subjects: Sequence[S], sample: Callable[[S], Sample]) -> 
         a_round = time.perf_counter() - started
     a_round = max(a_round, CPU_ROUND_SECONDS * len(subjects)) if clock.timer == "host" else a_round
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS[clock.timer], int(ROUND_BUDGET_SECONDS[clock.timer] / a_round)))
-    warmup = max(MIN_WARMUP, math.ceil(WARMUP_SECONDS / a_round))
-    return rounds, warmup if clock.timer == "host" else min(warmup, MAX_WARMUP)
+    warmup = max(MIN_WARMUP, math.ceil(WARMUP_SECONDS[clock.timer] / a_round))
+    if clock.timer == "host":
+        return rounds, warmup
+    return min(rounds, max(ENOUGH_ROUNDS, int(QUICK_SECONDS / a_round))), min(warmup, MAX_WARMUP)
 
 
 def paired_ratio(timing: Timing) -> tuple[float, float, float] | None:
@@ -166,7 +169,7 @@ def enqueue_seconds(call: Callable[[], Any], clock: DeviceClock, seconds: float)
 
     Apart from the timed rounds, where each call follows a synchronisation and finds the CPU's caches cold.
     """
-    calls = round(min(50, max(5, ENQUEUE_SECONDS / max(seconds, 1e-6))))
+    calls = round(min(25, max(5, ENQUEUE_SECONDS / max(seconds, 1e-6))))
     times: list[float] = []
     while len(times) < calls:
         fit = int(ENQUEUE_BATCH_SECONDS / max(*times[-10:], 1e-6)) if times else 1
