@@ -28,7 +28,8 @@ PRECISIONS = ("int8", "fp8")  # classes of approximate kernels
 
 
 class Unsupported(Exception):
-    """Raised by a builder: this implementation cannot do this workload. It becomes a skip with the reason."""
+    """This implementation cannot do this workload: raised by its builder, or by the first call of the kernel, where that
+    compiles. It becomes a skip with the reason."""
 
 
 @dataclass(eq=False)

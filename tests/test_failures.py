@@ -77,7 +77,6 @@ WRONG_KERNELS = {
     ),
     "exits": ("sys.exit(0)", "raised in its kernel: SystemExit"),
     "recurses": ("(f := lambda: f())()", "raised in its kernel: RecursionError"),
-    "unsupported_kernel": ("must(Unsupported('too late'))", "only a builder may raise Unsupported"),
 }
 # name: (what its builder returns, what is said of it)
 WRONG_BUILDERS = {

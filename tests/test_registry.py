@@ -11,7 +11,7 @@ import torch
 
 from attn_impls import Unsupported, Workload, attention
 from attn_impls.harness import inputs
-from attn_impls.harness.case import Broken, Case, CaseFailed, build
+from attn_impls.harness.case import Broken, Case, CaseFailed, build, call
 from attn_impls.registry import LAYOUTS, REGISTRY, discover, load_file
 
 W = Workload(batch=1, heads=2, q_len=4, head_dim=8)
@@ -256,14 +256,16 @@ def test_what_fails_one_case_breaks_no_library(error):
         assert type(caught.value) is CaseFailed
 
 
-def test_unsupported_is_for_builders():
+def test_unsupported_is_for_builders_and_first_calls():
     def refuse(*_):
         raise Unsupported("no softcap")
 
-    with pytest.raises(Unsupported, match="no softcap"):
-        built(attention("mine")(refuse))
-    with pytest.raises(CaseFailed, match="late: only a builder may raise Unsupported"):
-        built(attention("late")(lambda _: refuse))
+    early, late = attention("early")(refuse), attention("late")(lambda _: refuse)
+    for implementation in (early, late):
+        with pytest.raises(Unsupported, match="no softcap"):
+            built(implementation)
+    with pytest.raises(CaseFailed, match="late: only a builder or a first call may raise Unsupported"):
+        call(Case(W, late, "cpu"), refuse, inputs.plain(W, "cpu", 0))
 
 
 def test_a_builder_must_return_a_kernel():

@@ -77,20 +77,23 @@ def ungrouped(name: str) -> tuple[str, str]:
 def build(case: Case, inputs: Inputs) -> tuple[Kernel, float]:
     """The case's kernel, and the seconds that the builder and the kernel's first call took (compilation included).
 
-    Raises Unsupported where the builder predicts it cannot do the workload, CaseFailed otherwise.
+    Raises Unsupported where the builder, or that first call, says it cannot do the workload, CaseFailed otherwise.
     """
     started = time.perf_counter()
     with guard(case, "builder"), torch.device(case.device):
         kernel = case.implementation(case.workload)
     if not callable(kernel):
         raise CaseFailed(f"{case.implementation.name}: its builder returned {kernel!r}, not a kernel(q, k, v)")
-    call(case, kernel, inputs)
+    call(case, kernel, inputs, first=True)
     return kernel, time.perf_counter() - started
 
 
-def call(case: Case, kernel: Kernel, inputs: Inputs) -> torch.Tensor:
-    """One synchronised call of the kernel on tensors in its layout. Raises CaseFailed on anything but a fit output."""
-    with guard(case, "kernel"):
+def call(case: Case, kernel: Kernel, inputs: Inputs, first: bool = False) -> torch.Tensor:
+    """One synchronised call of the kernel on tensors in its layout. Raises CaseFailed on anything but a fit output.
+
+    first: it may raise Unsupported, since what compiles in its first call learns there that it cannot.
+    """
+    with guard(case, "kernel", allowed=first):
         out = kernel(*inputs)
         if case.device == "cuda":
             torch.cuda.synchronize()
@@ -131,7 +134,7 @@ def guard(case: Case, stage: str, allowed: bool = False) -> Iterator[None]:
     except Unsupported:
         if stage == "builder" or allowed:
             raise
-        failure: CaseFailed = CaseFailed(f"{case.implementation.name}: only a builder may raise Unsupported, not a kernel")
+        failure: CaseFailed = CaseFailed(f"{case.implementation.name}: only a builder or a first call may raise Unsupported")
     except (Exception, SystemExit) as error:
         failure = _failure(case, stage, error)
         traceback.clear_frames(error.__traceback__)
