@@ -111,19 +111,20 @@ def test_without_a_baseline_only_the_case_runs(run):
 
 
 @pytest.mark.parametrize(
-    ("cost", "baseline", "planned"),
+    ("cost", "seconds", "baseline", "planned"),
     [
-        (2**-20, False, (100, 5)),  # both at their most
-        (2**-9, False, (61, 5)),  # 0.12 s / 2 ms
-        (2**-8, False, (50, 5)),  # enough, within 2 s
-        (2**-5, False, (50, 5)),
-        (2**-5, True, (32, 4)),  # 2 s and 0.2 s / 62 ms: a round holds two calls
-        (2**-3, False, (20, 3)),  # both at their least
-        (4.0, True, (20, 3)),
+        (2**-20, 1e-5, False, (100, 5)),  # both at their most
+        (2**-9, 1e-5, False, (61, 5)),  # 0.12 s / 2 ms
+        (2**-8, 1e-5, False, (30, 5)),  # enough of a short call
+        (2**-8, 1e-3, False, (50, 5)),  # enough of a longer one, within 2 s
+        (2**-5, 1e-2, False, (50, 5)),
+        (2**-5, 1e-2, True, (32, 4)),  # 2 s and 0.2 s / 62 ms: a round holds two calls
+        (2**-3, 1e-1, False, (20, 3)),  # both at their least
+        (4.0, 1.0, True, (20, 3)),
     ],
 )
-def test_rounds_fit_the_time_there_is(run, cost, baseline, planned):
-    _, benchmark, _ = run(FakeClock(cost=cost), baseline)
+def test_rounds_fit_the_time_there_is(run, cost, seconds, baseline, planned):
+    _, benchmark, _ = run(FakeClock(cost=cost, seconds=lambda _: seconds), baseline)
     assert benchmark.given == planned
 
 

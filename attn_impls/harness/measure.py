@@ -18,7 +18,8 @@ from .clock import CPU_ROUND_SECONDS, Clock, DeviceClock, HostClock, Sample, Sub
 ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 0.5}  # for the rounds of a case
 MAX_ROUNDS = 100
 MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
-ENOUGH_ROUNDS, QUICK_SECONDS = 50, 0.12  # a GPU's case gets more than enough only where they all fit this time
+# a GPU's case has more rounds than are enough only where they all fit in QUICK_SECONDS; a short call's host time is what they take
+ENOUGH_ROUNDS, ENOUGH_SHORT, SHORT_SECONDS, QUICK_SECONDS = 50, 30, 1e-3, 0.12
 WARMUP_SECONDS = {"device": 0.2, "host": 0.1}
 MIN_WARMUP, MAX_WARMUP = 3, 5  # the judge has called it before
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
@@ -95,10 +96,11 @@ def plan(clock: Clock, subjects: Sequence[S], sample: Callable[[S], Sample]) -> 
     subjects: what each round times; sample: times one of them.
     """
     for _ in range(2):
-        started = time.perf_counter()
+        started, longest = time.perf_counter(), 0.0
         for s in subjects:
             clock.prepare(s)
             seconds = sample(s).seconds
+            longest = max(longest, seconds)
             if clock.timer == "host":
                 s.loops = max(1, math.ceil(CPU_ROUND_SECONDS / max(seconds, 1e-9)))
         a_round = time.perf_counter() - started
@@ -107,7 +109,8 @@ def plan(clock: Clock, subjects: Sequence[S], sample: Callable[[S], Sample]) -> 
     warmup = max(MIN_WARMUP, math.ceil(WARMUP_SECONDS[clock.timer] / a_round))
     if clock.timer == "host":
         return rounds, warmup
-    return min(rounds, max(ENOUGH_ROUNDS, int(QUICK_SECONDS / a_round))), min(warmup, MAX_WARMUP)
+    enough = ENOUGH_SHORT if longest < SHORT_SECONDS else ENOUGH_ROUNDS
+    return min(rounds, max(enough, int(QUICK_SECONDS / a_round))), min(warmup, MAX_WARMUP)
 
 
 def paired_ratio(timing: Timing) -> tuple[float, float, float] | None:
