@@ -99,7 +99,7 @@ COMBINATIONS = {
         "the same with one query, whose path is often another kernel, over split keys",
     ),
     "adversarial-split": (
-        "b2-h8kv2-q1kv690-d64-causal-bf16",
+        "b8-h8kv2-q1kv690-d64-causal-bf16",
         "the same with every key seen, so that each split has its share, and no option that few kernels have",
     ),
     "adversarial-blind": (

@@ -139,6 +139,7 @@ def forwards(w):
 """
 
 
+@pytest.mark.slow
 def test_directions_from_end_to_end(run_suite, suite_copy):
     folder = suite_copy({"mine.py": ONE_WRONG})
     options = ("--workload=b1-h2-s32-d16-causal-fp32", "--rounds=7", "--warmup-rounds=1", "--benchmark-only")

@@ -190,6 +190,7 @@ def careless(w):
 """
 
 
+@pytest.mark.slow
 def test_default_run_finds_what_only_a_combination_shows(run_suite, suite_copy):
     folder = suite_copy({"careless.py": CARELESS})
     run = run_suite("-m", "correctness", "--impl", "./careless.py", "-rfs", cwd=folder)

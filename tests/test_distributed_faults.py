@@ -56,6 +56,7 @@ def test_later():
 """
 
 
+@pytest.mark.slow
 def test_one_rank_s_outcome_is_every_rank_s(suite_copy):
     """Raises before a collective, runs out of memory, lacks a library: agreed, and what follows is not disturbed."""
     run = torchrun(suite_copy(tests__test_agreement=AGREEMENT), "tests/test_agreement.py", "-rs")

@@ -188,7 +188,7 @@ def test_whole_run_says_why_in_its_table(run_suite, suite_copy):
     assert re.search(r"^  pair +FAILED: returned tuple", run.table, re.MULTILINE)
 
 
-@pytest.mark.parametrize("where", [".", "tests"])
+@pytest.mark.parametrize("where", [pytest.param(".", marks=pytest.mark.slow), "tests"])
 def test_rerun_command_reproduces_the_failure(run_suite, suite_copy, where):
     folder = suite_copy()
     (folder / where / "bad.py").write_text(source(*ALL))
@@ -240,7 +240,7 @@ def journal_of(run):
 def test_hung_kernel_is_named_and_finished_results_are_saved(run_suite, suite_copy):
     folder = suite_copy({"hangs.py": source(('"hangs"', kernel("time.sleep(60)")))})
     started = time.perf_counter()
-    run = run_suite(*ONE, *SAVED, "--impl", "sdpa,./hangs.py,handcrafted", "--case-timeout", "3", cwd=folder)
+    run = run_suite(*ONE, *SAVED, "--impl", "sdpa,./hangs.py,handcrafted", "--case-timeout", "2", cwd=folder)
     assert time.perf_counter() - started < 20
     assert run.code == 1
     assert f"HUNG: tests/test_benchmark.py::test_forward[{FIRST}-hangs]" in run.err

@@ -288,7 +288,8 @@ def test_a_ref_outside_a_repository_is_one_line(tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_gate_leaves_nothing(repository, tmp_path, number):
     worktrees = git(repository, "worktree", "list")
     below = repository / "below"  # python -m would find the fake pytest beside it

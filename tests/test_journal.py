@@ -210,6 +210,7 @@ def test_a_journal_becomes_what_pytest_benchmark_would_have_written(tmp_path, ca
     assert capsys.readouterr().out == f"2 finished cases: {output}\n"
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_compares_a_journal(tmp_path):
     ours, output = Journal(tmp_path / "journal"), tmp_path / "run.json"
     ours.add(HEADER, finished_case("slow", 4e-4))
@@ -259,6 +260,7 @@ def test_a_malformed_command_line_ends_with_2(capsys, arguments):
     assert "usage: python -m attn_impls" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "attn_impls", "show", str(tmp_path / "absent.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -122,6 +122,7 @@ def test_an_answer_matters_only_where_it_is_used():
     assert probes.brief(answers) == f"wrong: window; {len(NAMES) - 1} ok"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_answered_is_told_apart(suite):
     def build(w):
         if w.softcap:
@@ -218,6 +219,7 @@ def test_correctness_asks_them_too(run_suite, suite_copy):
     assert [identity for identity in built if "-s16-" in identity] == [str(probes.PROBES[0].workload)]  # one, since it is slow
 
 
+@pytest.mark.slow
 def test_asked_once_a_session(run_suite, suite_copy):
     folder = suite_copy({"unable.py": UNABLE})
     run = run_suite("--impl=./unable.py", "-k", "compiles", "--workload", "b1-h2-s32-d64-fp32", "--rounds=2", cwd=folder)

@@ -150,6 +150,7 @@ def test_journal_holds_what_the_json_does(run_suite, saved):
     assert one["not_run"] == other["not_run"]
 
 
+@pytest.mark.slow
 def test_rounds_are_chosen_or_given(run_suite, suite_copy):
     folder = suite_copy()
     run = run_suite("--workload", ID, "--impl=sdpa", "--benchmark-only", "--benchmark-json=run.json", cwd=folder)
@@ -193,6 +194,7 @@ def test_comparison_within_bounds_passes(run_suite, baselines):
     assert [path.name[:5] for path in stored(run)][-1] == "0005_"
 
 
+@pytest.mark.slow
 def test_comparison_that_regressed_fails_and_still_shows_the_table(run_suite, baselines):
     run = run_suite(*RUN, *GOOD, "--benchmark-compare=0002", "--benchmark-compare-fail=median:5%", cwd=baselines)
     assert run.code == 1

@@ -15,7 +15,7 @@ import torch
 
 from .clock import CPU_ROUND_SECONDS, Clock, DeviceClock, HostClock, Sample, Subject, make_ready
 
-ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 0.5}  # for the rounds of a case
+ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 0.3}  # for the rounds of a case
 MAX_ROUNDS = 100
 MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
 # a GPU's case has more rounds than are enough only where all fit in QUICK_SECONDS; fewer are enough of a short call
