@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("mutants", help="judge deliberately broken kernels, and the implementations at hand")
     command.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: eleven small ones")
+    command.add_argument("--workload", metavar="ID", action="append", help="repeat for more; default: twelve small ones")
     compare.add_arguments(commands.add_parser("compare", help="a verdict a case on two saved runs, or on several pairs of them"))
     gate.add_arguments(commands.add_parser("gate", help="run two versions alternately: has any case become slower?"))
     given = parser.parse_args(arguments)

@@ -28,8 +28,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_forward_only_is_a_limit(kernel, words):
     w = WORKLOADS[3]
     case = Case(w, Implementation("mine", lambda _: kernel), "cpu", "backward")
+    x, dout = plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0)
     with pytest.raises(Unsupported, match=words):
-        backward.gradients(case, kernel, plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0))
+        backward.gradients(case, kernel, x, dout, first=True)
+    with pytest.raises(CaseFailed, match=f"not a later one: {words}"):
+        backward.gradients(case, kernel, x, dout)
 
 
 def test_xformers_reasons_are_told_without_its_inputs():

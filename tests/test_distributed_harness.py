@@ -158,6 +158,41 @@ def test_a_backward_pass_that_one_rank_lacks_is_timed_on_two(suite_copy):
     assert info["speedup"] is info["one_rank_s"] is None
 
 
+REFUSES = """
+from attn_impls import Unsupported, attention
+from attn_impls.registry import REGISTRY
+
+def refusing(w, refused):
+    right = REGISTRY["sdpa-math"](w)
+
+    def kernel(q, k, v):
+        if refused(v):
+            raise Unsupported("not these")
+        return right(q, k, v)
+
+    return kernel
+
+@attention("first", backward=False)
+def first(w):
+    return refusing(w, lambda v: w.heads == 4)  # a rank's share
+
+@attention("choosy", backward=False)
+def choosy(w):
+    return refusing(w, lambda v: v.abs().max() > 1000)  # the inputs that expose
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_may_refuse_in_its_first_call_and_not_later(suite_copy):
+    folder = suite_copy(refuses=REFUSES)
+    chosen = ("--workload", "b1-h8-s64-d32-fp32", "--impl", "refuses.py", "--form", "core,gather", "--direction", "forward")
+    run = torchrun(folder, "--benchmark-only", "--rounds", "7", *chosen)
+    assert run.code == 1
+    assert "  first: not these" in run.out
+    assert re.search(r"2 failed, 2 skipped", run.out), run.out
+    assert "choosy: only a builder or a first call may raise Unsupported, not a later one: not these" in run.out
+
+
 @pytest.mark.slow
 def test_one_rank_is_enough(suite_copy):
     folder = suite_copy()

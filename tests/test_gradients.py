@@ -70,7 +70,8 @@ def problem_of(w: Workload) -> Problem:
     return Problem(w, "cpu", 0)
 
 
-QUICK = {("sdpa", torch.bfloat16), ("sdpa-math", torch.bfloat16), ("sdpa-flash", torch.bfloat16), ("sdpa", torch.float32)}
+QUICK = {(name, torch.bfloat16) for name in ("sdpa", "sdpa-math", "sdpa-flash")}
+QUICK |= {("sdpa", dtype) for dtype in (torch.float16, torch.float32)}
 
 
 @pytest.mark.parametrize(

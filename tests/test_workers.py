@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attn_impls.harness import workers
+from attn_impls.presets import COMBINATIONS, DEFAULT_PRESETS
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,9 @@ def test_the_workload_of_a_test_is_told_from_its_id(nodeid, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "workloads"), [(("--workload", "small,odd"), 2), ((), 11)])
+@pytest.mark.parametrize(
+    ("arguments", "workloads"), [(("--workload", "small,odd"), 2), ((), len(DEFAULT_PRESETS) + len(COMBINATIONS))]
+)
 def test_a_workload_s_tests_go_to_one_worker(run_suite, arguments, workloads):
     run = run_suite("-n", "2", "-m", "correctness", *arguments, "--impl", "sdpa,sdpa-math", "-v")
     assert run.code == 0

@@ -74,31 +74,33 @@ class Pass(NamedTuple):
     complaint: str = ""  # what disqualifies it before any comparison
 
 
-def passes(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]) -> list[Pass]:
+def passes(
+    case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor], first: bool = False
+) -> list[Pass]:
     """Forward passes on tensors in the kernel's layout, one after another as layers make them, then their backward passes.
 
-    Each for itself where they do not fit together. Raises Unsupported where the kernel says, or shows, that it is forward only;
-    CaseFailed where it fails otherwise.
+    Each for itself where they do not fit together. first: raises Unsupported where the kernel says, or shows, that it is
+    forward only. CaseFailed where it fails otherwise.
     """
     try:
-        return _together(case, kernel, inputs, douts)
+        return _together(case, kernel, inputs, douts, first)
     except OutOfMemory as error:
         if len(inputs) == 1:
             raise
         failure = OutOfMemory(str(error))  # without the frames, which hold what the first attempt took
     release(case.device, failure)
-    return [one for x, dout in zip(inputs, douts, strict=True) for one in _together(case, kernel, [x], [dout])]
+    return [one for x, dout in zip(inputs, douts, strict=True) for one in _together(case, kernel, [x], [dout], first)]
 
 
-def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor) -> Inputs:
+def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor, first: bool = False) -> Inputs:
     """dq, dk and dv, "bhsd", after one synchronised forward and backward pass; raises as `passes` does."""
-    return passes(case, kernel, [inputs], [dout])[0].gradients
+    return passes(case, kernel, [inputs], [dout], first)[0].gradients
 
 
-def _together(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]) -> list[Pass]:
+def _together(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor], first: bool) -> list[Pass]:
     calls = [Backward(kernel, x, dout) for x, dout in zip(inputs, douts, strict=True)]
     found: list[Pass] = []
-    with guard(case, "backward pass", allowed=True):
+    with guard(case, "backward pass", allowed=first):
         try:
             for call in calls:
                 call.ready(1)

@@ -131,17 +131,34 @@ def guard(case: Case, stage: str, allowed: bool = False) -> Iterator[None]:
         yield
     except CaseFailed:
         raise
-    except Unsupported:
-        if stage == "builder" or allowed:
+    except Unsupported as error:
+        lost = case.device == "cuda" and _device_lost()
+        if (stage == "builder" or allowed) and not lost:
             raise
-        failure: CaseFailed = CaseFailed(f"{case.implementation.name}: only a builder or a first call may raise Unsupported")
+        failure = _failure(case, stage, error) if lost else too_late(case, error)
+        forget(error)
     except (Exception, SystemExit) as error:
         failure = _failure(case, stage, error)
-        traceback.clear_frames(error.__traceback__)
+        forget(error)
     else:
         return
     release(case.device, failure)
     raise failure
+
+
+def too_late(case: Case, error: Unsupported) -> CaseFailed:
+    """What Unsupported is after a kernel's first call: else a kernel could choose what it is judged on."""
+    said = str(error).partition("\n")[0]
+    return CaseFailed(
+        f"{case.implementation.name}: only a builder or a first call may raise Unsupported, not a later one: {said}"
+    )
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of the tensors in an exception's frames, and in those of the exceptions behind it."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def release(device: str, failure: CaseFailed | None = None) -> None:

@@ -134,7 +134,7 @@ class Problem:
         try:
             kernel, _ = build(case, self.needles)
             known = zip((self.needles, self.plain), self.douts, strict=True)
-            first, second = (backward.gradients(case, kernel, x, dout) for x, dout in known)
+            first, second = (backward.gradients(case, kernel, x, dout, first=True) for x, dout in known)
             return first, second
         except DeviceLost:
             raise
@@ -144,7 +144,7 @@ class Problem:
     def judge_gradients(self, case: Case, kernel: Kernel) -> Verdict:
         """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
 
-        Raises Unsupported where the kernel is forward only, CaseFailed if it raises.
+        Raises CaseFailed if it raises: whether it has a backward pass, a pass before this one has shown.
         """
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from ..workload import Workload
+from . import backward
 from .case import Case, CaseFailed, build
 from .criteria import CRITERIA
 from .gradient_mutants import GRADIENT_MUTANTS
-from .inputs import Inputs
+from .inputs import Inputs, as_layout
 from .judge import Problem
 from .mutants import MUTANTS, Mutant
 from .oracle import Reference, attend
@@ -101,6 +102,10 @@ class Bench:
     def _verdict(self, case: Case, kernel: Kernel) -> Verdict:
         return self.problem.judge(case, kernel)
 
+    def _built(self, case: Case) -> Kernel:
+        """The case's kernel, after its first call. Raises Unsupported where it cannot do this."""
+        return build(case, self.problem.plain.as_layout(case.implementation.layout))[0]
+
     @cached_property
     def plain_run(self) -> Tensor:
         return attend(self.workload, self.problem.plain, None, self.workload.dtype)
@@ -128,8 +133,7 @@ class Bench:
         """Why a presumably right implementation is rejected, "" if it passes, None if it cannot do this."""
         case = Case(self.workload, implementation, self.device)
         try:
-            kernel, _ = build(case, self.problem.plain.as_layout(implementation.layout))
-            return self._verdict(case, kernel).failure
+            return self._verdict(case, self._built(case)).failure
         except Unsupported:
             return None
         except CaseFailed as error:
@@ -157,9 +161,15 @@ class GradientBench(Bench):
         return False
 
     def _verdict(self, case: Case, kernel: Kernel) -> Verdict:
+        return self.problem.judge_gradients(case, kernel)
+
+    def _built(self, case: Case) -> Kernel:
         if not case.implementation.backward:
             raise Unsupported("forward only")
-        return self.problem.judge_gradients(case, kernel)
+        kernel, layout = super()._built(case), case.implementation.layout
+        dout = as_layout(self.problem.douts[1], layout)
+        backward.gradients(case, kernel, self.problem.plain.as_layout(layout), dout, first=True)
+        return kernel
 
     def caught_by(self, mutant: Mutant) -> dict[str, bool]:  # noqa: ARG002
         return {}  # the other projects' criteria are of outputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from . import backward, environment, journal, limits, makespan, measure, probes, profile, resume
-from .case import Broken, Case, CaseFailed, DeviceLost, build, guard, out_of_memory, release
+from .case import Broken, Case, CaseFailed, DeviceLost, build, forget, guard, out_of_memory, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .identity import identity
 from .inputs import as_layout
@@ -154,13 +153,13 @@ class Session:
             yield
         except Unsupported as error:
             skipped = error
-            traceback.clear_frames(error.__traceback__)
+            forget(error)
         except CaseFailed as error:
             failure = error
-            traceback.clear_frames(error.__traceback__)  # a report keeps them, and they keep tensors
+            forget(error)  # a report keeps them
         except torch.OutOfMemoryError as error:
             failure = CaseFailed(f"the check of {case.workload} ran out of memory: {out_of_memory(error)}")
-            traceback.clear_frames(error.__traceback__)
+            forget(error)
         release(self.device, failure)
         if isinstance(failure, Broken):
             self.broken[case.implementation.name] = str(failure).splitlines()[0]
@@ -183,7 +182,7 @@ class Session:
                 verdict = problem.judge(case, kernel)
             else:
                 dout = as_layout(problem.douts[1], case.implementation.layout)
-                backward.gradients(case, kernel, inputs, dout)  # compiles
+                backward.gradients(case, kernel, inputs, dout, first=True)
                 build_seconds += time.perf_counter() - started
                 verdict = problem.judge_gradients(case, kernel)
             self._checked[case] = verdict, build_seconds
@@ -207,6 +206,8 @@ class Session:
         return kernel, sdpa_is_wrong
 
     def _measure(self, case: Case, problem: Problem, benchmark: Any) -> None:
+        if benchmark.enabled:
+            self.ceiling(case.workload.dtype)  # takes 4 GiB, which beside the case's tensors may not be there
         kernel, sdpa_is_wrong = self._approved(case, problem)
         name, layout = case.implementation.name, case.implementation.layout
         (verdict, build_seconds), answers = self._checked[case], self._probed[name]

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..parallel.plan import Form, Plan, Share
-from ..registry import Kernel
+from ..registry import Kernel, Unsupported
 from ..workload import Workload
-from .case import Case, CaseFailed, guard, validate
+from .case import Case, CaseFailed, guard, too_late, validate
 from .judge import Problem
 from .oracle import Reference
 from .ranks import Ranks
@@ -56,6 +56,17 @@ class Trial:
 
     def guarded(self, what: str, action: Callable[[], T], collective: bool = False) -> T:
         return self.ranks.guarded(what, action, collective)
+
+    def settled(self, what: str, action: Callable[[], T], collective: bool = False) -> T:
+        """`guarded`, for an action in which no kernel has its first call: none may say Unsupported any more."""
+
+        def act() -> T:
+            try:
+                return action()
+            except Unsupported as error:
+                raise too_late(self.case, error) from None
+
+        return self.guarded(what, act, collective)
 
     def known(self, key: Any, make: Callable[[], T]) -> T:
         """An answer, made once for all implementations."""

@@ -68,10 +68,11 @@ class Spreads:
 
         def alone() -> Plan:
             plan = form.plan(spread)
-            with guard(case, "kernel"):
+            with guard(case, "kernel", allowed=True):  # the first call
                 share = plan.share(*problem.plain)
                 plan.rehearse(share)
                 sharded.synchronize(case.device)
+            with guard(case, "kernel"):
                 sharded.validate_kernels(case, plan, share)
             return plan
 
@@ -89,7 +90,7 @@ class Spreads:
             trial = self.trial(case, form, problem)
             build_seconds = time.perf_counter() - started
             calls, verdict = PREPARE[case.direction](trial)
-            timing = self._time(calls, benchmark)
+            timing = self._time(trial, calls, benchmark)
             if not benchmark.enabled:
                 return
             try:
@@ -109,12 +110,11 @@ class Spreads:
             found = spread_backward.errors(self.trial(case, form, problem, alone=False))
             return {name: max(errors) for name, errors in found.items()}
 
-    def _time(self, calls: Calls, benchmark: Any) -> dict[str, makespan.Track]:
+    def _time(self, trial: Trial, calls: Calls, benchmark: Any) -> dict[str, makespan.Track]:
         selection = self.session.selection
         rounds = makespan.Rounds(self.ranks, self.session.clock, calls)
-        return self.ranks.guarded(
-            "timing", lambda: rounds.run(benchmark, selection.rounds, selection.warmup_rounds), collective=True
-        )
+        timed = partial(rounds.run, benchmark, selection.rounds, selection.warmup_rounds)
+        return trial.settled("timing", timed, collective=True)
 
     def _facts(self, trial: Trial, timing: dict[str, makespan.Track], verdict: SpreadVerdict) -> dict[str, Any]:
         """The case's extra_info."""
@@ -168,7 +168,7 @@ class Spreads:
             try:
                 return build(case, problem.plain.as_layout(case.implementation.layout))[0]
             except (OutOfMemory, Unsupported) as error:  # the parts may still run
-                self._alone_missing = str(error).splitlines()[0]
+                self._alone_missing = str(error).partition("\n")[0]
                 return None
 
         kernel = self.ranks.guarded("one rank alone", alone)

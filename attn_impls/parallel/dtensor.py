@@ -20,6 +20,8 @@ NO_RULE = ("sharding strategy", "sharding rule", "mixed torch.Tensor and DTensor
 class DTensorCore(Core):
     """SDPA called once on the whole workload's DTensors; each rank keeps its own heads."""
 
+    rehearses = False
+
     def __init__(self, spread: Spread):
         if not spread.implementation.name.startswith("sdpa"):
             raise Unsupported("DTensor knows how to shard SDPA only")

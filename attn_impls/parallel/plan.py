@@ -79,6 +79,7 @@ class Plan:
     """
 
     bound = 1.0  # the highest efficiency that the split allows, communication aside
+    rehearses = True  # `rehearse` makes the first call of each kernel
     kernels: list[Kernel]  # one a chunk
     locals: list[Workload]  # what each of them computes
 
