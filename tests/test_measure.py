@@ -115,7 +115,8 @@ def test_without_a_baseline_only_the_case_runs(run):
     [
         (2**-20, 1e-5, False, (100, 5)),  # both at their most
         (2**-9, 1e-5, False, (61, 5)),  # 0.12 s / 2 ms
-        (2**-8, 1e-5, False, (30, 5)),  # enough of a short call
+        (2**-8, 1e-5, False, (30, 5)),  # 0.12 s / 4 ms
+        (2**-7, 1e-5, False, (25, 5)),  # enough of a short call
         (2**-8, 1e-3, False, (50, 5)),  # enough of a longer one, within 2 s
         (2**-5, 1e-2, False, (50, 5)),
         (2**-5, 1e-2, True, (32, 4)),  # 2 s and 0.2 s / 62 ms: a round holds two calls

@@ -19,7 +19,7 @@ ROUND_BUDGET_SECONDS = {"device": 2.0, "host": 0.3}  # for the rounds of a case
 MAX_ROUNDS = 100
 MIN_ROUNDS = {"device": 20, "host": 7}  # a CPU without the dtype's instructions takes seconds a round; 6 make an interval
 # a GPU's case has more rounds than are enough only where all fit in QUICK_SECONDS; fewer are enough of a short call
-ENOUGH_ROUNDS, ENOUGH_SHORT, SHORT_SECONDS, QUICK_SECONDS = 50, 30, 1e-3, 0.12
+ENOUGH_ROUNDS, ENOUGH_SHORT, SHORT_SECONDS, QUICK_SECONDS = 50, 25, 1e-3, 0.12
 WARMUP_SECONDS = {"device": 0.2, "host": 0.1}
 MIN_WARMUP, MAX_WARMUP = 3, 5  # the judge has called it before
 ENQUEUE_SECONDS = 0.2  # for the pass that times enqueues alone
