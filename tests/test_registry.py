@@ -137,6 +137,19 @@ def test_built_ins():
         assert "\n" not in implementation.install
 
 
+def test_the_plugin_that_every_pytest_loads_imports_no_torch():
+    code = "import sys, attn_impls.harness.outside as _; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_public_names_are_there():
+    code = "from attn_impls import *; print(Workload.__module__, Unsupported.__module__, attention.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.split() == ["attn_impls.workload", "attn_impls.registry", "attn_impls.registry"]
+    with pytest.raises(ImportError):
+        from attn_impls import nothing_of_that_name  # noqa: F401
+
+
 def test_discovery_imports_no_library(tmp_path):
     libraries = {"xformers", "flash_attn", "flash_attn_interface", "fa3_fwd_interface", "cutlass", "transformer_engine"}
     libraries |= {"sageattention", "cudnn", "flashinfer"}
