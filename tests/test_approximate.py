@@ -116,7 +116,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("w", few(WORKLOADS, quick=(GQA,)))
-@pytest.mark.parametrize(("arithmetic", "declared"), [(int8, "int8"), (fp8, "fp8")])
+@pytest.mark.parametrize(("arithmetic", "declared"), [(int8, "int8"), pytest.param(fp8, "fp8", marks=pytest.mark.slow)])
 def test_mutants_die_where_their_effect_exceeds_the_quantisation(suite, w, arithmetic, declared):
     known = bench(w, suite.device)
     survived = set()

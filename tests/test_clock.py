@@ -110,7 +110,7 @@ def counting_gpu(start):
 
 @pytest.mark.parametrize("looking", [0, 1, 2, 3])
 @pytest.mark.parametrize("launches", [1, 3, 4, 5, 8])
-@pytest.mark.parametrize("rounds", [20, 100])
+@pytest.mark.parametrize("rounds", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_no_case_meets_the_late_launch_in_every_round_nor_in_none(launches, rounds, looking):
     """Whatever it is timed beside, however many launches look at its output, and wherever the process stands."""
     few = launches // 4 + (launches % 4 == 3)

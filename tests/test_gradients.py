@@ -37,7 +37,7 @@ def by_autograd(w: Workload, x: Inputs, dout: torch.Tensor) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("w", WORKLOADS, ids=str)
-@pytest.mark.parametrize("make", [needles, plain])
+@pytest.mark.parametrize("make", [needles, pytest.param(plain, marks=pytest.mark.slow)])
 def test_the_reference_is_autograds(w, make, monkeypatch):
     x, dout = make(w, "cpu", 1), gradients.upstream(w, "cpu", 0)
     whole = gradients.reference(w, x, dout)
