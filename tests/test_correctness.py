@@ -11,25 +11,25 @@ pytestmark = pytest.mark.correctness
 
 
 def test_oracle(case, suite, problem):
-    verdict = suite.verdict(case, problem)
-    if verdict.failure:
-        pytest.fail(f"{case.implementation.name} {verdict.failure}", pytrace=False)
+    if failure := suite.verdict(case, problem).failure:
+        pytest.fail(f"{case.implementation.name} {failure}", pytrace=False)
 
 
 def test_allclose_to_sdpa(case, suite, problem):
-    verdict = suite.verdict(case, problem)
-    if verdict.sdpa_failure:
-        pytest.fail(f"{case.implementation.name} {verdict.sdpa_failure}", pytrace=False)
+    if failure := suite.verdict(case, problem).sdpa_failure:
+        pytest.fail(f"{case.implementation.name} {failure}", pytrace=False)
 
 
 @pytest.mark.direction("backward")
 def test_gradients_oracle(case, suite, problem):
-    test_oracle(case, suite, problem)
+    if failure := suite.verdict(case, problem).failure:
+        pytest.fail(f"{case.implementation.name} {failure}", pytrace=False)
 
 
 @pytest.mark.direction("backward")
 def test_gradients_allclose_to_sdpa(case, suite, problem):
-    test_allclose_to_sdpa(case, suite, problem)
+    if failure := suite.verdict(case, problem).sdpa_failure:
+        pytest.fail(f"{case.implementation.name} {failure}", pytrace=False)
 
 
 def test_probes(implementation, suite):

@@ -141,6 +141,11 @@ class Problem:
         except (Unsupported, CaseFailed):
             return None
 
+    def first_gradients(self, case: Case, kernel: Kernel) -> None:
+        """A kernel's first backward pass, on the plain inputs. Raises Unsupported where it has none, CaseFailed if it raises."""
+        layout = case.implementation.layout
+        backward.gradients(case, kernel, self.plain.as_layout(layout), as_layout(self.douts[1], layout), first=True)
+
     def judge_gradients(self, case: Case, kernel: Kernel) -> Verdict:
         """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -104,6 +105,21 @@ def roofline(w: Workload, direction: str, gpu: Gpu | None, ceiling: Ceiling) -> 
     compute = w.flops(direction) / tflops / 1e12
     memory = w.bytes(direction) / tb_per_s / 1e12
     return Limit(max(compute, memory), "compute" if compute >= memory else "memory", source)
+
+
+def facts(w: Workload, direction: str, gpu: Gpu | None, ceiling: Ceiling, seconds: float) -> dict[str, Any]:
+    """The flat extra_info about the limit of a case that took some seconds."""
+    limit = roofline(w, direction, gpu, ceiling)
+    return {
+        "limit_s": limit.seconds,
+        "limit_bound": limit.bound,
+        "limit_source": limit.source,
+        "percent_of_limit": 100 * limit.seconds / seconds,
+        "ceiling_tflops": ceiling.tflops,
+        "ceiling_tb_per_s": ceiling.tb_per_s,
+        "datasheet_tflops": gpu and datasheet_tflops(gpu, w.dtype),
+        "datasheet_tb_per_s": gpu and gpu.bandwidth,
+    }
 
 
 def physical_bound(w: Workload, direction: str, gpu: Gpu | None, sms: int, max_mhz: float) -> float:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from ..workload import Workload
-from . import backward
 from .case import Case, CaseFailed, build
 from .criteria import CRITERIA
 from .gradient_mutants import GRADIENT_MUTANTS
-from .inputs import Inputs, as_layout
+from .inputs import Inputs
 from .judge import Problem
 from .mutants import MUTANTS, Mutant
 from .oracle import Reference, attend
@@ -166,9 +165,8 @@ class GradientBench(Bench):
     def _built(self, case: Case) -> Kernel:
         if not case.implementation.backward:
             raise Unsupported("forward only")
-        kernel, layout = super()._built(case), case.implementation.layout
-        dout = as_layout(self.problem.douts[1], layout)
-        backward.gradients(case, kernel, self.problem.plain.as_layout(layout), dout, first=True)
+        kernel = super()._built(case)
+        self.problem.first_gradients(case, kernel)
         return kernel
 
     def caught_by(self, mutant: Mutant) -> dict[str, bool]:  # noqa: ARG002

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
-from . import backward, environment, journal, limits, makespan, measure, probes, profile, resume
+from . import environment, journal, limits, makespan, measure, probes, profile, resume
 from .case import Broken, Case, CaseFailed, DeviceLost, build, forget, guard, out_of_memory, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .identity import identity
-from .inputs import as_layout
 from .journal import Journal
 from .judge import Problem
 from .outputs import Outputs
@@ -181,8 +180,7 @@ class Session:
             if case.direction == "forward":
                 verdict = problem.judge(case, kernel)
             else:
-                dout = as_layout(problem.douts[1], case.implementation.layout)
-                backward.gradients(case, kernel, inputs, dout, first=True)
+                problem.first_gradients(case, kernel)
                 build_seconds += time.perf_counter() - started
                 verdict = problem.judge_gradients(case, kernel)
             self._checked[case] = verdict, build_seconds
@@ -231,7 +229,10 @@ class Session:
                 raise CaseFailed(f"{name} {wrong}")
             if not benchmark.enabled:
                 return
-            facts |= self._describe(case, timing.median, verdict) | {"build_s": build_seconds, "probes": probes.brief(answers)}
+            ceiling = self.ceiling(case.workload.dtype)
+            facts |= limits.facts(case.workload, case.direction, self.datasheet, ceiling, timing.median) | verdict.facts
+            facts |= identity(case, self.selection, timing.median)
+            facts |= {"build_s": build_seconds, "probes": probes.brief(answers)}
             if case.implementation.dispatches:
                 facts["chosen"] = profile.chosen(facts["kernels"])
             if name == "sdpa":
@@ -287,26 +288,6 @@ class Session:
                 f"{case.implementation.name} took {seconds * 1e6:.2f} µs, and physics needs {bound * 1e6:.2f} µs: "
                 "timing did not wait for the kernel, or the FLOP count is wrong"
             )
-
-    def _describe(self, case: Case, seconds: float, verdict: Verdict) -> dict[str, Any]:
-        """The flat extra_info that does not come from the samples."""
-        ceiling, gpu = self.ceiling(case.workload.dtype), self.datasheet
-        limit = limits.roofline(case.workload, case.direction, gpu, ceiling)
-        return identity(case, self.selection, seconds) | {
-            "limit_s": limit.seconds,
-            "limit_bound": limit.bound,
-            "limit_source": limit.source,
-            "percent_of_limit": 100 * limit.seconds / seconds,
-            "ceiling_tflops": ceiling.tflops,
-            "ceiling_tb_per_s": ceiling.tb_per_s,
-            "datasheet_tflops": gpu and limits.datasheet_tflops(gpu, case.workload.dtype),
-            "datasheet_tb_per_s": gpu and gpu.bandwidth,
-            "error_over_budget": verdict.error_over_budget,
-            **{f"{name}_error_over_budget": error for name, error in verdict.by_gradient.items()},
-            "rms_over_budget": verdict.rms_over_budget,
-            "sdpa_over_budget": verdict.sdpa_over_budget,
-            "bitwise_repeatable": verdict.bitwise_repeatable,
-        }
 
 
 @contextlib.contextmanager

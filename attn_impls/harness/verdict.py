@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Verdict:
     def disqualified(self) -> str:
         """Why the kernel must not be timed, or ""."""
         return self.failure or ("" if self.sdpa_is_wrong else self.sdpa_failure)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The flat extra_info of a case that passed."""
+        return {
+            "error_over_budget": self.error_over_budget,
+            **{f"{name}_error_over_budget": error for name, error in self.by_gradient.items()},
+            "rms_over_budget": self.rms_over_budget,
+            "sdpa_over_budget": self.sdpa_over_budget,
+            "bitwise_repeatable": self.bitwise_repeatable,
+        }
 
     @property
     def sdpa_failure(self) -> str:
