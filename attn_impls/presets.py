@@ -91,20 +91,36 @@ COMBINATIONS = {
         "the same with a window that ends inside a tile and at its border, and few queries, as in speculative decoding",
     ),
     "adversarial-all-options": (
-        "b3-h6kv2-q5kv133-d80-causal-win37-cap20-scale50-bf16",
+        "b3-h6kv2-q77kv133-d80-causal-win37-cap20-scale50-bf16",
         "the same with softcap, a scale of its own, and a head dim that is padded",
     ),
     "adversarial-decode": (
-        "b2-h8kv2-q1kv690-d64-causal-win100-cap50-bf16",
-        "the same with one query, whose path is often another kernel, over split keys",
+        "b2-h16kv2-q1kv1090-d128-causal-win100-cap50-bf16",
+        "the same with one query, whose path is often another kernel, over split keys, in groups of eight",
     ),
     "adversarial-split": (
-        "b8-h8kv2-q1kv690-d64-causal-bf16",
+        "b8-h16kv2-q1kv1090-d128-causal-bf16",
         "the same with every key seen, so that each split has its share, and no option that few kernels have",
     ),
     "adversarial-blind": (
-        "b1-h2-q77kv40-d40-causal-bf16",
-        "more queries than keys, of which the first see none, at a head dim that is padded",
+        "b1-h2kv1-q177kv40-d40-causal-bf16",
+        "more queries than keys, of which the first see none, at a head dim that is padded, and one KV head for all",
+    ),
+    "adversarial-group": (
+        "b5-h28kv4-s65-d96-causal-bf16",
+        "heads in sevens, as one model has them, in a batch of five, and one key more than a tile",
+    ),
+    "adversarial-cross": (
+        "b4-h3-q150kv77-d72-bf16",
+        "more queries than keys and no mask, an odd number of heads, at a head dim that is padded",
+    ),
+    "adversarial-half": (
+        "b2-h6kv2-s197-d64-causal-fp16",
+        "what is written for float16 alone",
+    ),
+    "adversarial-single": (
+        "b2-h6kv2-s197-d64-causal-fp32",
+        "what is written for float32 alone",
     ),
     "adversarial-value-dim": (
         "b1-h10kv2-q77kv203-d112v128-causal-bf16",

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,26 +36,35 @@ def test_defaults_exist_and_have_both_masks():
 
 
 def test_combinations_are_what_their_comments_say():
-    offset, ragged, window, options, decode, split, blind, value_dim, mla = map(preset, COMBINATIONS)
+    offset, ragged, window, options, decode, split, blind, group, cross, half, single, value_dim, mla = map(preset, COMBINATIONS)
     for w in map(preset, COMBINATIONS):
         assert w.kv_len % 64 != 0
-        assert (w.q_len < w.kv_len) == (w != blind)
-        assert (w.group > 1) == (w != blind)
-        assert w.causal == (w != ragged)
-        assert max(w.q_len, w.kv_len) < 1024  # full size on a CPU
+        assert (w.q_len > w.kv_len) == (w in (blind, cross))
+        assert (w.q_len == w.kv_len) == (w in (group, half, single))
+        assert (w.group > 1) == (w != cross)
+        assert w.causal == (w not in (ragged, cross))
+        assert (w.dtype != torch.bfloat16) == (w in (half, single))
+        assert w.q_len * w.kv_len <= 2**16  # full size on a CPU
     assert offset.batch == ragged.batch == options.batch == 3
     assert offset.group == ragged.group == options.group == 3
     assert offset.q_len % 16 != 0 != offset.offset % 16
     assert window.window % 16 != 0
     first_keys = {i + window.offset - window.window + 1 for i in range(window.q_len)}
     assert any(key % 64 == 0 for key in first_keys)  # one key more would be of another tile
-    assert (window.q_len > 1, window.softcap) == (True, 0)
+    assert (1 < window.q_len <= 16, window.softcap) == (True, 0)
+    assert options.q_len > 64
     assert options.window % 16 != 0
     assert options.softcap not in (0, 50)
     assert options.scale_dim != options.head_dim == 80
     assert (decode.q_len, bool(decode.window), bool(decode.softcap)) == (1, True, True)
     assert (split.q_len, split.window, split.softcap) == (1, 0, 0)
-    assert blind.blind_rows
+    assert (decode.head_dim, decode.group) == (split.head_dim, split.group) == (128, 8)
+    assert blind.blind_rows > 64
+    assert blind.kv_heads == 1
+    assert (group.group, group.batch, group.kv_len % 64) == (7, 5, 1)
+    assert cross.heads % 2 == 1
+    assert cross.head_dim == 72
+    assert (half.dtype, single.dtype) == (torch.float16, torch.float32)
     assert blind.head_dim not in (32, 64)
     assert value_dim.v_head_dim > value_dim.head_dim
     assert value_dim.group == 5

@@ -87,6 +87,76 @@ def test_each_probe_has_its_mutant(suite, name):
     assert name in probes.brief(answers)
 
 
+KEPT = next(asked for asked in probes.PROBES if asked.name == "options kept")
+
+
+def of_the_last_build():
+    """Kernels whose options lie in one place."""
+    built: list[Workload] = []
+
+    def build(w):
+        built.append(w)
+        return lambda q, k, v: broken()(built[-1])(q, k, v)
+
+    return build
+
+
+def of_the_first_build():
+    """Kernels kept by sizes and mask, as a cache of plans is."""
+    built: dict[tuple, Workload] = {}
+    return lambda w: broken()(built.setdefault((*w.shapes().values(), w.causal, w.window), w))
+
+
+def of_the_last_forward_pass():
+    """A backward pass that finds its options where the last forward pass left them."""
+    called: list[Workload] = []
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w, q, k, v):
+            called.append(w)
+            ctx.save_for_backward(q, k, v)
+            return broken()(w)(q, k, v)
+
+        @staticmethod
+        def backward(ctx, dout):
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                return None, *torch.autograd.grad(broken()(called[-1])(*leaves), leaves, dout)
+
+    return lambda w: lambda q, k, v: Attention.apply(w, q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (of_the_last_build, r"its output is off by \d+% .* with b1-h3-s40-d64-causal-win4-bf16 beside .*-causal-bf16"),
+        (of_the_first_build, r"its output is off by \d+% .* with b1-h3-s56-d64-bf16 beside .*-scale144-bf16"),
+        (of_the_last_forward_pass, r"dq is off by .* with .*-win4-bf16 where .*-causal-bf16 ran before its backward pass"),
+    ],
+)
+def test_kernels_keep_the_options_they_were_built_with(suite, build, found):
+    text = probes.answer(KEPT, Implementation("forgetful", build()), suite.device)
+    assert re.fullmatch(f"wrong: {found}", text), text
+    for w in (KEPT.workload, Workload.parse("b1-h32-s8192-d128-bf16")):
+        assert "options kept" in probes.objection({KEPT.name: text}, w)  # not timed
+
+
+def test_options_that_cannot_be_had_are_not_asked(suite):
+    def plain_only(w):
+        if w.causal or w.softcap or w.scale_dim != w.head_dim:
+            raise Unsupported("no options")
+        return broken()(w)
+
+    def causal_only(w):
+        if w.window or w.softcap or w.scale_dim != w.head_dim:
+            raise Unsupported("causal alone")
+        return broken()(w)
+
+    assert probes.answer(KEPT, Implementation("plain", plain_only), suite.device) == "unsupported: none of the options"
+    assert probes.answer(KEPT, Implementation("causal", causal_only, backward=False), suite.device) == "ok"
+
+
 def test_a_dout_is_read_as_it_lies_in_memory(suite):
     """Its memory, read in the order of its shape, is right for a contiguous one alone."""
 
@@ -141,7 +211,8 @@ def test_slow_builders_are_asked_little(suite, monkeypatch):
     answers = probes.probe(Implementation("slow", broken()), suite.device, hurry=True)
     assert list(answers.values())[:2] == ["ok", "not asked: slow to build"]
     assert answers["dout as a view"] == "ok"
-    assert probes.brief(answers) == f"2 ok, {len(NAMES) - 2} not asked"
+    assert answers["options kept"] == "ok"
+    assert probes.brief(answers) == f"3 ok, {len(NAMES) - 3} not asked"
     compiling = probes.probe(Implementation("slow", broken(), compiles="seconds"), suite.device, hurry=True)
     assert probes.brief(compiling) == f"1 ok, {len(NAMES) - 1} not asked"
 

@@ -83,13 +83,13 @@ def passes(
     forward only. CaseFailed where it fails otherwise.
     """
     try:
-        return _together(case, kernel, inputs, douts, first)
+        return _together([case] * len(inputs), _calls(kernel, inputs, douts), first)
     except OutOfMemory as error:
         if len(inputs) == 1:
             raise
         failure = OutOfMemory(str(error))  # without the frames, which hold what the first attempt took
     release(case.device, failure)
-    return [one for x, dout in zip(inputs, douts, strict=True) for one in _together(case, kernel, [x], [dout], first)]
+    return [one for x, dout in zip(inputs, douts, strict=True) for one in _together([case], _calls(kernel, [x], [dout]), first)]
 
 
 def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor, first: bool = False) -> Inputs:
@@ -97,8 +97,17 @@ def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor, fi
     return passes(case, kernel, [inputs], [dout], first)[0].gradients
 
 
-def _together(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor], first: bool) -> list[Pass]:
-    calls = [Backward(kernel, x, dout) for x, dout in zip(inputs, douts, strict=True)]
+def beside(cases: Sequence[Case], kernels: Sequence[Kernel], inputs: Inputs, dout: torch.Tensor) -> list[Inputs]:
+    """The gradients of each of some cases of one implementation, of the same sizes, whose forward passes all came before."""
+    return [one.gradients for one in _together(cases, [Backward(kernel, inputs, dout) for kernel in kernels], first=False)]
+
+
+def _calls(kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]) -> list[Backward]:
+    return [Backward(kernel, x, dout) for x, dout in zip(inputs, douts, strict=True)]
+
+
+def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> list[Pass]:
+    case = cases[0]
     found: list[Pass] = []
     with guard(case, "backward pass", allowed=first):
         try:
@@ -121,7 +130,7 @@ def _together(case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Seque
             raise
         if case.device == "cuda":
             torch.cuda.synchronize()
-    return [_validated(case, one, x) for one, x in zip(found, inputs, strict=True)]
+    return [_validated(*one) for one in zip(cases, found, (call.leaves for call in calls), strict=True)]
 
 
 def _validated(case: Case, found: Pass, inputs: Inputs) -> Pass:

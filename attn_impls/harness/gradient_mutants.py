@@ -204,6 +204,12 @@ def swapped_dk_dv(w: Workload, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
     return (dq, dv, dk) if w.head_dim == w.v_head_dim else (dq, dk, dv)
 
 
+def row_by_row(_w: Workload, dout: Tensor) -> Tensor:
+    """Each row of dout divided by its largest value, and multiplied again."""
+    most = dout.abs().amax(-1, keepdim=True)
+    return dout / most * most
+
+
 OUTPUTS = [
     Mutant("dK and dV swapped", "order of the outputs", finally_(swapped_dk_dv)),
     Mutant("two heads' dQ swapped", "head index", finally_(lambda _w, dq, dk, dv: (swap(dq, 1), dk, dv))),
@@ -222,13 +228,14 @@ OUTPUTS = [
     Mutant("dout of two heads swapped", "head index", broken(dout=lambda _w, dout: swap(dout, 1))),
     Mutant("dout of two rows swapped", "row index", broken(dout=lambda _w, dout: swap(dout, 2))),
     Mutant("dout × 0.98", "loss scale applied twice", broken(dout=lambda _w, dout: 0.98 * dout)),
+    Mutant("0 / 0 where a row of dout is zero", "scaled row by row", broken(dout=row_by_row)),
 ]
 
 # Rounding: worse than the workload's dtype, undeclared
 
 
 def many_terms(w: Workload) -> bool:
-    return w.causal and w.group * w.q_len >= 256 and w.dtype != torch.float32
+    return w.causal and w.group * (w.q_len - w.blind_rows) >= 256 and w.dtype != torch.float32
 
 
 def added_low(w: Workload, p: Tensor, dout: Tensor) -> Tensor:

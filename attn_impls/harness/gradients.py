@@ -26,6 +26,13 @@ def upstream(w: Workload, device: str, seed: int) -> Tensor:
     return torch.randn(w.shapes()["out"], generator=generator, device=device).to(w.dtype)
 
 
+def masked(dout: Tensor, seed: int) -> Tensor:
+    """dout with every third row, on average, zero: that of a token whose loss is masked."""
+    generator = torch.Generator(dout.device).manual_seed(seed + 4)
+    kept = torch.rand(dout.shape[:-1], generator=generator, device=dout.device) > 1 / 3
+    return dout * kept[..., None]
+
+
 def sample_kv_heads(w: Workload, device: str) -> list[int]:
     """The KV heads whose gradients are computed: all where they fit, else the first, the last and some between."""
     fit = max(1, MAX_PAIRS[device] // (w.batch * w.group * w.q_len * w.kv_len))

@@ -52,8 +52,9 @@ def loudness(w: Workload) -> float:
 
 
 # what a needle does to the scores of its query
-HALF, SATURATED, TOWERING, SUNKEN, CAPPED = range(5)
-TOWER, PARTNER, SINK = 140.0, 128.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
+HALF, SATURATED, TOWERING, SUNKEN, CAPPED, BEYOND, FAR_BEYOND = range(7)
+TOWER, PARTNER, SINK = 600.0, 588.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
+OUTSIDE, FAR_OUTSIDE = 8.0, 48.0  # times the softcap: where tanh is 1, and where a float32 exp of twice that overflows
 
 
 def needles(w: Workload, device: str, seed: int) -> Inputs:
@@ -63,8 +64,9 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     half of them saturated (the key takes nearly all weight) and half not (it takes about half: a wrong scale shows; or up to
     20 times the others' weight, so that they still count, which nothing may skip as too light);
     up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
-    far end of a window. A few tower: two neighbouring keys score 140 and 128, which only a softmax that subtracts the
-    right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart.
+    far end of a window. A few tower: two neighbouring keys score 600 and 588, which only a softmax that subtracts the
+    right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart. Or the
+    first is far beyond the cap before it is capped, where a tanh made by hand fails.
     And a query that sees one key alone scores it -120, so that nothing hidden may leak. V is loud.
     """
     q, k, v = plain(w, device, seed)
@@ -76,12 +78,14 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     half = math.log(max(2, w.seen_keys)) + (14.0 / norm) ** 2 / 2
     half = half + torch.arange(len(half), device=device) // 2 % 4
     tall, low, same = 0.9 * w.softcap, 0.9 * w.softcap - 1.5, torch.ones_like(half)
-    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, tall * same], 1)  # [N, kinds]
-    target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind == CAPPED, low, PARTNER)], 1)
+    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, *[tall * same] * 3], 1)  # [N, kinds]
+    target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind >= CAPPED, low, PARTNER)], 1)
     if w.softcap:
         target = target.clamp(min=-0.95 * w.softcap, max=0.95 * w.softcap)
         target = w.softcap * torch.atanh(target / w.softcap)
-    alone = (kind < TOWERING) | (kind == SUNKEN) | (partner == key)
+        for beyond, times in ((BEYOND, OUTSIDE), (FAR_BEYOND, FAR_OUTSIDE)):
+            target[kind == beyond, 0] = times * w.softcap
+    alone = (kind < TOWERING) | (kind == SUNKEN) | (kind == FAR_BEYOND) | (partner == key)
     query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow
     q[batch, head, row] = query.clamp(-1000, 1000).to(w.dtype)
@@ -92,9 +96,9 @@ def needle_rows(w: Workload, seed: int) -> torch.Tensor:
     """Query rows that carry needles, each once, in an order whose every beginning has as many tiles and kinds as it can."""
     spots = _spots(w, torch.Generator().manual_seed(seed))
     row, key, kind = spots[:, 2], spots[:, 3], spots[:, 4]
-    seen: dict[int, int] = {}
+    seen: dict[tuple[int, int], int] = {}
     ranks = []
-    for group in (key // 64 * 5 + kind).tolist():
+    for group in zip((key // 64).tolist(), kind.tolist(), strict=True):
         seen[group] = rank = seen.get(group, -1) + 1
         ranks.append(rank)
     order = torch.tensor(ranks, dtype=torch.long).argsort(stable=True)
@@ -168,12 +172,12 @@ def _edges(w: Workload, generator: torch.Generator) -> torch.Tensor:
 
 
 def _towers(w: Workload, generator: torch.Generator) -> torch.Tensor:
-    """A few needles at two visible keys each, towering or at the cap, where no small head dim blurs them."""
-    n = max(2, w.batch * w.heads * w.q_len // 48) if w.head_dim >= 40 else 0
+    """A few needles at two visible keys each, towering or at and beyond the cap, where no small head dim blurs them."""
+    n = max(3, w.batch * w.heads * w.q_len // 48) if w.head_dim >= 40 else 0
     which, row = (torch.randint(high, (n,), generator=generator) for high in (w.batch * w.heads, w.q_len))
     first, last = _seen(w, row)
     key = first + (torch.rand(n, generator=generator) * (last - first + 1).clamp(min=1)).long()
-    kind = torch.full_like(key, CAPPED if w.softcap else TOWERING)
+    kind = CAPPED + torch.arange(n) % 3 if w.softcap else torch.full_like(key, TOWERING)
     return torch.stack([which, row, key, kind], 1)[last >= first]
 
 

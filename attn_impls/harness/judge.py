@@ -83,8 +83,9 @@ class Problem:
 
     @cached_property
     def douts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Upstream gradients for the needles, faint as behind a mean over many tokens, and for the plain inputs."""
+        """Upstream gradients for the needles, faint as behind a mean over many tokens, some masked, and for the plain inputs."""
         first, second = (gradients.upstream(self.workload, self.device, seed) for seed in (self.seed + 1, self.seed))
+        first = gradients.masked(first, self.seed)
         return first if self.workload.dtype == torch.float16 else first * make.FAINT, second
 
     def call(self, case: Case, kernel: Kernel) -> Callable[[], Any]:

@@ -100,6 +100,14 @@ def cap_unscaled(w: Workload, scores: Tensor, visible: Tensor) -> Tensor:
     return right_cap(w, scores / w.scale, visible) * w.scale if w.softcap else scores
 
 
+def pade(x: Tensor) -> Tensor:
+    return x * (27 + x**2) / (27 + 9 * x**2)
+
+
+def tanh_by(tanh: Callable[[Tensor], Tensor]) -> Callable[[Workload], Kernel]:
+    return broken(cap=lambda w, s, _m: tanh(s / w.softcap) * w.softcap if w.softcap else s)
+
+
 def padded(w: Workload) -> float:
     return math.sqrt(w.head_dim / 2 ** math.ceil(math.log2(w.head_dim)))
 
@@ -129,6 +137,9 @@ SCORES = [
     Mutant("softcap missing", "not passed on", broken(cap=lambda _w, s, _m: s)),
     Mutant("softcap doubled", "a constant", broken(cap=lambda w, s, m: right_cap(w.replace(softcap=2 * w.softcap), s, m))),
     Mutant("softcap before the scale", "order of the two", broken(cap=cap_unscaled)),
+    Mutant("softcap's tanh by a fraction", "a Padé approximant, good to 2 or 3", tanh_by(pade)),
+    Mutant("softcap's tanh flat past 2", "a table that ends", tanh_by(lambda x: torch.tanh(x.clamp(-2, 2)))),
+    Mutant("softcap's tanh by exp(2x)", "inf / inf past 44", tanh_by(lambda x: (steps.exp(2 * x) - 1) / (steps.exp(2 * x) + 1))),
     Mutant("softcap after the mask", "tanh(-inf) = -1: hidden keys leak", leaking_cap, lambda w: w.offset <= 0),
 ]
 
@@ -146,7 +157,10 @@ def several_tiles(w: Workload) -> bool:
 
 SOFTMAX = [
     Mutant("no max-subtraction", "exp overflows", broken(weights=steps.unshifted)),
-    Mutant("scores clamped at 60", "instead of max-subtraction", broken(weights=steps.clamped)),
+    *(
+        Mutant(f"scores clamped at {most}", "instead of max-subtraction", broken(weights=steps.clamped(most)))
+        for most in (60, 160)
+    ),
     Mutant("running max starts at 0", "exp underflows", broken(weights=steps.peak_from_zero)),
     Mutant("max of half of each tile", "a warp reduction too short", broken(weights=steps.peak_of_half_tiles)),
     Mutant("one max for 64 queries", "reduced over the wrong axis", broken(weights=steps.peak_of_query_tile)),

@@ -28,15 +28,15 @@ WORKLOADS = tuple(
             "b1-h2-s192-d128-bf16",
             "b1-h2-s192-d128-causal-bf16",
             "b1-h4kv2-s130-d128-causal-bf16",
-            "b2-h4-s32-d64-bf16",
+            "b5-h14kv2-s65-d96-causal-bf16",
             "b2-h6kv3-s63-d64-causal-bf16",
             "b1-h4kv2-s195-d64-causal-win100-bf16",
             "b1-h4kv2-s130-d64-causal-cap50-scale144-bf16",
             "b2-h6kv3-q50kv203-d64-causal-bf16",
-            "b1-h3-q140kv70-d64-causal-bf16",  # rows that see nothing
+            "b1-h3kv1-q140kv70-d64-causal-bf16",  # rows that see nothing
             "b2-h8kv2-q1kv690-d64-causal-bf16",
             "b1-h6kv2-s150-d96v64-bf16",
-            "b3-h6kv2-q5kv133-d80-causal-win37-cap20-scale50-bf16",  # all at once, few queries
+            "b3-h6kv2-q77kv133-d80-causal-win37-cap20-scale50-bf16",  # all at once
         ),
     )
 )

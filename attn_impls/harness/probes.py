@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..registry import Implementation, Unsupported
+from ..registry import Implementation, Kernel, Unsupported
 from ..workload import Workload
 from . import backward, gradients
 from .case import Broken, Case, CaseFailed, DeviceLost, build, call
 from .inputs import Inputs, as_layout, plain, transposed_in_memory
+from .oracle import attend
 
 TOO_SLOW = 20.0  # seconds that building a case may take before its implementation is asked nothing: a probe compiles as long
 SLOW = 0.3  # seconds that an answer may take, building included, before an implementation in a hurry is asked no more
@@ -65,11 +67,76 @@ def of_a_view(case: Case) -> str:
     kernel, _ = build(case, native)
     right = backward.gradients(case, kernel, native, dout, first=True)
     found = backward.gradients(case, kernel, native, transposed_in_memory(dout))
-    for name, one, other in zip("qkv", right, found, strict=True):
-        off = float((one - other).float().abs().max() / one.float().abs().max())
-        if not off <= 8 * torch.finfo(w.dtype).eps:  # atomics need not repeat; NaN is wrong
-            return f"wrong: d{name} is off by {off:.0%} of its largest value where dout is a view of another layout"
+    if off := _off(right, found):
+        return f"wrong: {off} where dout is a view of another layout"
     return "ok"
+
+
+def beside_another(case: Case) -> str:
+    """The reply to two kernels of the same sizes at once: each must keep the options that it was built with.
+
+    A plan or a compiled kernel that is kept by the sizes alone takes those of the other.
+    """
+    asked = False
+    for special, usual in PAIRS:
+        try:
+            complaint = _confused(replace(case, workload=special), replace(case, workload=usual))
+        except Unsupported:
+            continue
+        asked = True
+        if complaint:
+            return f"wrong: {complaint}"
+    if not asked:
+        raise Unsupported("none of the options")
+    return "ok"
+
+
+def _confused(special: Case, usual: Case) -> str:
+    """What is wrong of two cases beside one another though it was right of the first alone, "" if nothing.
+
+    Raises Unsupported for either.
+    """
+    w, layout, pair = special.workload, special.implementation.layout, (special, usual)
+    x, dout = plain(w, special.device, 0), gradients.upstream(w, special.device, 0)
+    native, native_dout = x.as_layout(layout), as_layout(dout, layout)
+    right = {case: attend(case.workload, x, None, torch.float64) for case in pair}
+    kernels: list[Kernel] = []
+
+    def complaint(case: Case) -> str:
+        out = call(case, kernels[pair.index(case)], native)
+        return _off([right[case]], [out.transpose(1, 2) if layout == "bshd" else out], ["its output"])
+
+    def trained(case: Case) -> Inputs | None:
+        with contextlib.suppress(Unsupported):
+            if case.implementation.backward:
+                return backward.gradients(case, kernels[pair.index(case)], native, native_dout, first=True)
+        return None
+
+    kernels.append(build(special, native)[0])
+    if complaint(special):
+        return ""  # wrong alone, as another probe will tell
+    first = trained(special)
+    kernels.append(build(usual, native)[0])
+    for case, other in ((usual, special), (special, usual)):
+        if off := complaint(case):
+            return f"{off} with {case.workload} beside {other.workload}"
+    known = {case: [one.out for one in gradients.reference(case.workload, x, dout).values()] for case in pair}
+    if first is None or _off(known[special], first) or trained(usual) is None:
+        return ""
+    found = backward.beside(pair, kernels, native, native_dout)
+    for case, other, one in zip(pair, pair[::-1], found, strict=True):
+        if off := _off(known[case], one):
+            return f"{off} with {case.workload} where {other.workload} ran before its backward pass"
+    return ""
+
+
+def _off(right: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str] = ("dq", "dk", "dv")) -> str:
+    """Which of some results is off and by how much, "" if none."""
+    for name, one, other in zip(names, right, found, strict=True):
+        off = float((one - other).abs().max() / one.abs().max())
+        if not off <= 8 * torch.finfo(other.dtype).eps:  # atomics need not repeat; NaN is wrong
+            return f"{name} is off by {off:.0%} of its largest value"
+    return ""
 
 
 def averages(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,6 +185,11 @@ def _w(text: str) -> Workload:
     return Workload.parse(f"{text}-bf16")
 
 
+# of sizes of their own, for which nothing has been built before
+PAIRS = tuple(
+    (_w(f"b1-h3-s{length}-d64{special}"), _w(f"b1-h3-s{length}-d64{usual}"))
+    for length, special, usual in ((40, "-causal-win4", "-causal"), (48, "-causal", ""), (56, "-scale144", ""), (72, "-cap2", ""))
+)
 PROBES = (
     Probe("layout", _w("b2-h2-s16-d64"), Closed(copies), lambda _w: True),
     Probe("default scale", _w("b1-h2-s16-d64"), Closed(one_score), lambda w: w.scale_dim == w.head_dim),
@@ -128,6 +200,7 @@ PROBES = (
     Probe("GQA", _w("b2-h6kv2-s16-d64"), Closed(heads), lambda w: w.group > 1),
     Probe("scale", _w("b1-h2-s16-d64-scale144"), Closed(one_score), lambda w: w.scale_dim != w.head_dim),
     Probe("softcap", _w("b1-h2-s16-d64-cap2"), Closed(one_score), lambda w: w.softcap > 0),
+    Probe("options kept", PAIRS[0][0], beside_another, lambda _w: True, True),
     Probe("dout as a view", _w("b1-h3-s24-d64"), of_a_view, lambda _w: False, True),  # what is timed has a contiguous one
 )
 

@@ -112,8 +112,13 @@ def unshifted(_w: Workload, scores: Tensor) -> Tensor:
     return normalised(weights)
 
 
-def clamped(_w: Workload, scores: Tensor) -> Tensor:
-    return normalised(exp(torch.where(scores.isinf(), scores, scores.clamp(max=60.0))))
+def clamped(most: float) -> Callable[[Workload, Tensor], Tensor]:
+    """No score above `most`."""
+
+    def weights(w: Workload, scores: Tensor) -> Tensor:
+        return right_weights(w, torch.where(scores.isinf(), scores, scores.clamp(max=most)))
+
+    return weights
 
 
 def peak_from_zero(_w: Workload, scores: Tensor) -> Tensor:
