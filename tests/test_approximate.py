@@ -98,6 +98,7 @@ def test_a_kernel_in_a_class_too_good_for_it_is_rejected(suite, w, arithmetic, d
 
 
 # what quantising hides, on some workload or other: effects of the size of rounding, or of one element of one row
+BEYOND = {f"softcap's tanh {how}" for how in ("by a fraction", "flat past 2", "by exp(2x)")}  # their needles are not for these
 HIDDEN = {
     "int8": {
         *("scale × 1.005", "output × 0.995", "weights truncated", "one value's sign"),
@@ -109,7 +110,8 @@ HIDDEN = {
         *("sum over keys in the dtype", "denominator in the dtype", "V through fp16", "output through fp16"),
         *("light key tiles skipped", "keys after eight equal splits dropped"),
         *("scale × 1.02", "scale × 0.98", "K through fp8", "V through fp8", "weights through fp8"),
-        *("first key dropped", "last key dropped", "causal one key less", "offset one less", "padding in the denominator"),
+        *("first key dropped", "last key dropped", "key tile visited twice", "causal one key less", "offset one less"),
+        "padding in the denominator",
         *("softcap missing", "softcap doubled", "dropout left on"),
     },
 }
@@ -126,7 +128,7 @@ def test_mutants_die_where_their_effect_exceeds_the_quantisation(suite, w, arith
         if not judge(w, suite.device, arithmetic(mutant.build(w)), declared).failure:
             survived.add(mutant.name)
             assert own_effect(known, mutant, declared) < 1.5, mutant.name  # the two may partly cancel
-    assert survived <= HIDDEN[declared]
+    assert survived <= HIDDEN[declared] | BEYOND
 
 
 def own_effect(known, mutant, declared):

@@ -91,9 +91,9 @@ def test_some_needles_tower_out_of_float32s_range(text, dtype):
     w = Workload.parse(f"{text}-{dtype}")
     scores, mask = scores_of(w), w.mask("cpu")
     top = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).topk(2).values
-    towers = top[..., 0] > 500
+    towers = top[..., 0] > 160
     assert 2 <= int(towers.sum()) <= towers.numel() / 8
-    assert bool((top[towers][:, 1] > 500).any())  # its partner: exp overflows for both
+    assert bool((top[towers][:, 1] > 160).any())  # its partner: exp overflows for both
     assert bool(((top[..., 0] - top[..., 1])[towers] > 6).all())  # and yet no rounding of the scores matters
 
 

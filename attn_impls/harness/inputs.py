@@ -53,25 +53,27 @@ def loudness(w: Workload) -> float:
 
 # what a needle does to the scores of its query
 HALF, SATURATED, TOWERING, SUNKEN, CAPPED, BEYOND, FAR_BEYOND = range(7)
-TOWER, PARTNER, SINK = 600.0, 588.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
+TOWER, PARTNER, SINK = 192.0, 180.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
 OUTSIDE, FAR_OUTSIDE = 8.0, 48.0  # times the softcap: where tanh is 1, and where a float32 exp of twice that overflows
 
 
-def needles(w: Workload, device: str, seed: int) -> Inputs:
+def needles(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
     """`plain`, with some queries pointed at one key each, so that a misplaced mask, tile or head changes whole rows.
 
     Of the queries of each head, about a quarter point at a random visible key, each 64-key tile getting its share,
     half of them saturated (the key takes nearly all weight) and half not (it takes about half: a wrong scale shows; or up to
     20 times the others' weight, so that they still count, which nothing may skip as too light);
     up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
-    far end of a window. A few tower: two neighbouring keys score 600 and 588, which only a softmax that subtracts the
+    far end of a window. A few tower: two neighbouring keys score 192 and 180, which only a softmax that subtracts the
     right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart. Or the
     first is far beyond the cap before it is capped, where a tanh made by hand fails.
     And a query that sees one key alone scores it -120, so that nothing hidden may leak. V is loud.
+    quiet: it is not, and nothing is beyond the cap: for kernels that share a scale among the rows of a block.
     """
     q, k, v = plain(w, device, seed)
     spots = _spots(w, torch.Generator().manual_seed(seed))
     batch, head, row, key, kind, partner = spots.to(device).unbind(1)
+    kind = kind.clamp(max=CAPPED) if quiet else kind
     pair = torch.stack([k[batch, head // w.group, n] for n in (key, partner)], 1).float()  # [N, 2, D]
     # a query t·key/|key| / scale / |key| gives its key the logit t and the others a spread of t/|key|
     norm = pair[:, 0].norm(dim=-1)
@@ -89,7 +91,7 @@ def needles(w: Workload, device: str, seed: int) -> Inputs:
     query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow
     q[batch, head, row] = query.clamp(-1000, 1000).to(w.dtype)
-    return Inputs(q, k, v * loudness(w))
+    return Inputs(q, k, v if quiet else v * loudness(w))
 
 
 def needle_rows(w: Workload, seed: int) -> torch.Tensor:

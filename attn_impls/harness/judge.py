@@ -45,17 +45,22 @@ class Problem:
         return reference(self.workload, self.needles, self.seed, prefer), reference(self.workload, self.plain, self.seed)
 
     def judged(self, approximate: bool | str) -> tuple[Inputs, Inputs]:
-        """The needles and the plain inputs. The needles' V is loud, but not for the approximate, which may hold it in float16."""
+        """The needles and the plain inputs. For the approximate the needles are quiet: they may hold V in float16."""
         return (self._quiet if approximate else self.needles), self.plain
 
     @cached_property
     def _quiet(self) -> Inputs:
-        return self.needles._replace(v=self.needles.v / make.loudness(self.workload))
+        return make.needles(self.workload, self.device, self.seed + 1, quiet=True)
+
+    @cached_property
+    def _quiet_reference(self) -> Reference:
+        if self.workload.softcap:
+            return reference(self.workload, self._quiet, self.seed, make.needle_rows(self.workload, self.seed + 1))
+        return self.references[0].times(1 / make.loudness(self.workload))  # V alone differs
 
     def exact(self, approximate: bool | str) -> tuple[Reference, Reference]:
         """The answers to what is judged, with the budgets of the workload's dtype."""
-        needles, plain = self.references
-        return needles.times(1 / make.loudness(self.workload)) if approximate else needles, plain
+        return (self._quiet_reference if approximate else self.references[0]), self.references[1]
 
     def known(self, approximate: bool | str) -> tuple[Reference, Reference]:
         """The same with the budgets of the class that an implementation declares."""
