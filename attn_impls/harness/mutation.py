@@ -36,6 +36,7 @@ WORKLOADS = tuple(
             "b1-h3kv1-q140kv70-d64-causal-bf16",  # rows that see nothing
             "b2-h8kv2-q1kv690-d64-causal-bf16",
             "b1-h6kv2-s150-d96v64-bf16",
+            "b2-h8kv2-q5kv133-d64-causal-win66-bf16",  # few queries
             "b3-h6kv2-q77kv133-d80-causal-win37-cap20-scale50-bf16",  # all at once
         ),
     )
