@@ -152,7 +152,7 @@ def zero_last(x: Tensor, n: int) -> Tensor:
 
 
 def several_tiles(w: Workload) -> bool:
-    return w.kv_len > 2 * TILE and not w.softcap
+    return min(w.kv_len, w.window or w.kv_len) > 1.5 * TILE and not w.softcap
 
 
 SOFTMAX = [
