@@ -106,6 +106,14 @@ COMBINATIONS = {
         "b1-h2kv1-q177kv40-d40-causal-bf16",
         "more queries than keys, of which the first see none, at a head dim that is padded, and one KV head for all",
     ),
+    "adversarial-value-dim": (
+        "b1-h10kv2-q77kv203-d112v128-causal-bf16",
+        "the same with values longer than keys, both padded, and heads in fives",
+    ),
+    "adversarial-mla": (
+        "b1-h4kv2-q77kv203-d192v128-causal-bf16",
+        "the same with values shorter than keys, as in multi-head latent attention",
+    ),
     "adversarial-group": (
         "b5-h28kv4-s65-d96-causal-bf16",
         "heads in sevens, as one model has them, in a batch of five, and one key more than a tile",
@@ -121,14 +129,6 @@ COMBINATIONS = {
     "adversarial-single": (
         "b2-h6kv2-s197-d64-causal-fp32",
         "what is written for float32 alone",
-    ),
-    "adversarial-value-dim": (
-        "b1-h10kv2-q77kv203-d112v128-causal-bf16",
-        "the same with values longer than keys, both padded, and heads in fives",
-    ),
-    "adversarial-mla": (
-        "b1-h4kv2-q77kv203-d192v128-causal-bf16",
-        "the same with values shorter than keys, as in multi-head latent attention",
     ),
 }
 PRESETS |= COMBINATIONS

@@ -36,7 +36,7 @@ def test_defaults_exist_and_have_both_masks():
 
 
 def test_combinations_are_what_their_comments_say():
-    offset, ragged, window, options, decode, split, blind, group, cross, half, single, value_dim, mla = map(preset, COMBINATIONS)
+    offset, ragged, window, options, decode, split, blind, value_dim, mla, group, cross, half, single = map(preset, COMBINATIONS)
     for w in map(preset, COMBINATIONS):
         assert w.kv_len % 64 != 0
         assert (w.q_len > w.kv_len) == (w in (blind, cross))
