@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 discover()
 FEW = [w for w in WORKLOADS if w.softcap or w.window or w.blind_rows or w.offset > 0 or w.v_head_dim != w.head_dim]
-SOME = [w for w in FEW if w.softcap or w.blind_rows or 1 < w.q_len <= 16]  # on which each mutant shows that does on any of the few
+SOME = [
+    w for w in FEW if w.softcap or w.blind_rows or 1 < w.q_len <= 16
+]  # on which each mutant shows that does on any of the few
 RIGHT = broken()
 
 
@@ -230,7 +232,7 @@ def test_passes_that_do_not_fit_together_are_made_one_by_one():
         return out
 
     assert not Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: kernel, w), kernel).failure
-    assert len(refused) == 2  # in each of the two runs
+    assert len(refused) == 1
 
 
 def test_a_changed_dout_is_told():
@@ -241,7 +243,8 @@ def test_a_changed_dout_is_told():
 
         def vandal(*x):
             out = kernel(*x)
-            out.register_hook(lambda dout: dout.mul_(1.0).add_(1.0))
+            if out.requires_grad:
+                out.register_hook(lambda dout: dout.mul_(1.0).add_(1.0))
             return out
 
         return vandal

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attn_impls import Unsupported, Workload
-from attn_impls.harness import probes
+from attn_impls.harness import backward_steps, probes, replies
 from attn_impls.harness.case import Case
 from attn_impls.harness.inputs import Inputs
 from attn_impls.harness.mutants import MUTANTS, broken
@@ -17,7 +17,7 @@ from attn_impls.registry import REGISTRY, Implementation, discover
 
 discover()
 NAMES = [asked.name for asked in probes.PROBES]
-CLOSED = [asked for asked in probes.PROBES if isinstance(asked.reply, probes.Closed)]
+CLOSED = [asked for asked in probes.PROBES if isinstance(asked.reply, replies.Closed)]
 COMPILED = {"compiled", "flex"}  # seconds a probe
 
 # the probe: the mutant that it must catch
@@ -107,6 +107,17 @@ def of_the_first_build():
     return lambda w: broken()(built.setdefault((*w.shapes().values(), w.causal, w.window), w))
 
 
+def of_the_last_length():
+    """Kernels that see as many keys as the last one was built for."""
+    built: list[int] = []
+
+    def build(w):
+        built.append(w.kv_len)
+        return lambda q, k, v: broken()(w)(q, k, v * (torch.arange(w.kv_len) < built[-1])[:, None])
+
+    return build
+
+
 def of_the_last_forward_pass():
     """A backward pass that finds its options where the last forward pass left them."""
     called: list[Workload] = []
@@ -132,6 +143,7 @@ def of_the_last_forward_pass():
     [
         (of_the_last_build, r"its output is off by \d+% .* with b1-h3-s40-d64-causal-win4-bf16 beside .*-causal-bf16"),
         (of_the_first_build, r"its output is off by \d+% .* with b1-h3-s56-d64-bf16 beside .*-scale144-bf16"),
+        (of_the_last_length, r"its output is off by \d+% .* with b1-h3-s200-d64-causal-bf16 beside .*-s100-.*"),
         (of_the_last_forward_pass, r"dq is off by .* with .*-win4-bf16 where .*-causal-bf16 ran before its backward pass"),
     ],
 )
@@ -157,8 +169,8 @@ def test_options_that_cannot_be_had_are_not_asked(suite):
     assert probes.answer(KEPT, Implementation("causal", causal_only, backward=False), suite.device) == "ok"
 
 
-def test_a_dout_is_read_as_it_lies_in_memory(suite):
-    """Its memory, read in the order of its shape, is right for a contiguous one alone."""
+def careless_with(misread):
+    """A backward pass that reads some douts' memory in the order of their shape, which is right for a contiguous one alone."""
 
     class Careless(torch.autograd.Function):
         @staticmethod
@@ -170,19 +182,89 @@ def test_a_dout_is_read_as_it_lies_in_memory(suite):
 
         @staticmethod
         def backward(ctx, dout):
-            dout = dout if dout.is_contiguous() else dout.transpose(1, 2).reshape(dout.shape)
+            dout = dout.transpose(1, 2).reshape(dout.shape) * torch.arange(dout.shape[-1]) if misread(dout) else dout
             return torch.autograd.grad(ctx.right, ctx.leaves, dout)
 
+    return Careless.apply
+
+
+@pytest.mark.parametrize(
+    ("misread", "found"),
+    [
+        (lambda dout: 0 in dout.stride(), "is one value, expanded"),
+        (lambda dout: dout.stride(2) > dout.stride(3) * dout.shape[3], "is a part of a wider tensor"),
+        (lambda dout: dout.stride(2) > dout.stride(1) > 0, "is a view of another layout"),
+    ],
+)
+def test_a_dout_is_read_as_it_lies_in_memory(suite, misread, found):
     asked = probes.PROBES[-1]
-    text = probes.answer(asked, Implementation("careless", lambda _: Careless.apply), suite.device)
-    assert re.fullmatch(r"wrong: dq is off by \d+% of its largest value where dout is a view of another layout", text)
+    text = probes.answer(asked, Implementation("careless", lambda _: careless_with(misread)), suite.device)
+    assert re.fullmatch(rf"wrong: dq is off by \d+% of its largest value where dout {found}", text)
     assert not any(asked.concerns(w) for w in (asked.workload, *(other.workload for other in CLOSED)))  # shown, and timed
-    for layout in ("bhsd", "bshd"):
-        right = Implementation("right", broken(), layout=layout)
-        if layout == "bshd":
-            right.build = lambda w: lambda *x: broken()(w)(*(t.transpose(1, 2) for t in x)).transpose(1, 2)
-        assert probes.answer(asked, right, suite.device) == "ok"
     assert probes.answer(asked, Implementation("forward", broken(), backward=False), suite.device) == "unsupported: forward only"
+
+
+TRAINING = next(asked for asked in probes.PROBES if asked.name == "gradients")
+
+
+def detached(name):
+    """A kernel whose output carries no gradient unless this one input wants one."""
+
+    def kernel(w):
+        def call(*x):
+            out = broken()(w)(*x)
+            return out if x["qkv".index(name)].requires_grad else out.detach()
+
+        return call
+
+    return kernel
+
+
+def all_or_nothing(w):
+    """dk is computed where dq is, and is the first gradient where it is not."""
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(q, k, v)
+            return broken()(w)(q, k, v)
+
+        @staticmethod
+        def backward(ctx, dout):
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                dq, dk, dv = torch.autograd.grad(broken()(w)(*leaves), leaves, dout)
+            return dq, dk if ctx.needs_input_grad[0] else torch.zeros_like(dk), dv
+
+    return Attention.apply
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (detached("q"), "its output carries no gradient where k and v alone want one"),
+        (detached("k"), "its output carries no gradient where q alone want one"),
+        (all_or_nothing, r"dk is off by 100% of its largest value where k and v alone want gradients"),
+        (
+            lambda w: backward_steps.broken(weights=lambda _w, s: (s * 2).softmax(-1) if w.window else s.softmax(-1))(w),
+            r"dq is off by \d+% of its largest value with b1-h3-s48-d64-causal-win4-bf16",
+        ),
+        (
+            backward_steps.broken(dout=lambda _w, dout: dout / dout.abs().amax() * dout.abs().amax()),
+            "its gradients are not 0 where dout is",
+        ),
+    ],
+)
+def test_wrong_gradients_are_told(suite, build, found):
+    text = probes.answer(TRAINING, Implementation("careless", build), suite.device)
+    assert re.fullmatch(f"wrong: {found}", text), text
+    assert not TRAINING.concerns(TRAINING.workload)
+
+
+def test_who_has_no_gradients_or_wrong_outputs_is_not_asked_for_them(suite):
+    wrong = next(mutant.build for mutant in MUTANTS if mutant.name == "scale 1")
+    for implementation in (Implementation("forward", broken(), backward=False), Implementation("wrong", wrong)):
+        assert probes.answer(TRAINING, implementation, suite.device) == "unsupported: forward only"
 
 
 def test_an_answer_matters_only_where_it_is_used():
@@ -208,13 +290,14 @@ def test_what_cannot_be_answered_is_told_apart(suite):
 
 def test_slow_builders_are_asked_little(suite, monkeypatch):
     monkeypatch.setattr(probes, "SLOW", 0.0)
-    answers = probes.probe(Implementation("slow", broken()), suite.device, hurry=True)
-    assert list(answers.values())[:2] == ["ok", "not asked: slow to build"]
-    assert answers["dout as a view"] == "ok"
-    assert answers["options kept"] == "ok"
-    assert probes.brief(answers) == f"3 ok, {len(NAMES) - 3} not asked"
     compiling = probes.probe(Implementation("slow", broken(), compiles="seconds"), suite.device, hurry=True)
+    assert list(compiling.values())[:2] == ["ok", "not asked: slow to build"]
     assert probes.brief(compiling) == f"1 ok, {len(NAMES) - 1} not asked"
+    slow = Implementation("slow", broken())  # and does not say that it compiles
+    assert probes.brief(probes.probe(slow, suite.device, hurry=True)) == f"{len(NAMES)} ok"
+    monkeypatch.setattr(probes, "TOO_SLOW", 0.0)
+    assert probes.brief(probes.probe(slow, suite.device, hurry=True)) == f"{len(NAMES)} not asked"
+    assert probes.brief(probes.probe(slow, suite.device)) == f"{len(NAMES)} ok"
 
 
 IGNORES_WINDOW = """
@@ -259,7 +342,7 @@ def absent(w): ...
 def cached(w):
     return broken()(w)
 
-@attention("compiles", backward=False)
+@attention("compiles", backward=False, compiles="seconds")
 def compiles(w):
     with open("built", "a") as file:
         print(w, file=file)

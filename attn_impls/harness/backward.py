@@ -77,7 +77,7 @@ class Pass(NamedTuple):
 def passes(
     case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor], first: bool = False
 ) -> list[Pass]:
-    """Forward passes on tensors in the kernel's layout, one after another as layers make them, then their backward passes.
+    """Forward passes on tensors in the kernel's layout, one after another as layers make them, then, in reverse, backward passes.
 
     Each for itself where they do not fit together. first: raises Unsupported where the kernel says, or shows, that it is
     forward only. CaseFailed where it fails otherwise.
@@ -97,9 +97,12 @@ def gradients(case: Case, kernel: Kernel, inputs: Inputs, dout: torch.Tensor, fi
     return passes(case, kernel, [inputs], [dout], first)[0].gradients
 
 
-def beside(cases: Sequence[Case], kernels: Sequence[Kernel], inputs: Inputs, dout: torch.Tensor) -> list[Inputs]:
-    """The gradients of each of some cases of one implementation, of the same sizes, whose forward passes all came before."""
-    return [one.gradients for one in _together(cases, [Backward(kernel, inputs, dout) for kernel in kernels], first=False)]
+def beside(
+    cases: Sequence[Case], kernels: Sequence[Kernel], inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]
+) -> list[Inputs]:
+    """The gradients of each of some cases of one implementation, whose forward passes all came before."""
+    calls = [Backward(*one) for one in zip(kernels, inputs, douts, strict=True)]
+    return [one.gradients for one in _together(cases, calls, first=False)]
 
 
 def _calls(kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor]) -> list[Backward]:
@@ -111,17 +114,19 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
     found: list[Pass] = []
     with guard(case, "backward pass", allowed=first):
         try:
-            for call in calls:
+            for of, call in zip(cases, calls, strict=True):
                 call.ready(1)
                 if not call.outs[0].requires_grad:
                     raise Unsupported("forward only: its output carries no gradient")
-                validate(case, call.outs[0])
+                validate(of, call.outs[0])
             outs = [call.outs[0] for call in calls]
             before = [out.detach().clone() for out in outs]
-            for call, out, copy in zip(calls, outs, before, strict=True):
+            if len(calls) > 1:  # a call without gradients, of which no backward pass may take anything
+                calls[-1].kernel(*(leaf.detach() for leaf in calls[-1].leaves))
+            for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
                 gradients = call()
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
-                found.append(Pass(copy, Inputs(*(gradient.clone() for gradient in gradients)), complaint))
+                found.insert(0, Pass(copy, Inputs(*(gradient.clone() for gradient in gradients)), complaint))
         except Unsupported:
             raise
         except Exception as error:

@@ -1,0 +1,246 @@
+"""Replies to probes: what a kernel makes of inputs whose answer is known, and what it makes of company."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..registry import Unsupported, in_layout
+from ..workload import Workload
+from . import backward, gradients
+from .case import Case, build, call, guard
+from .inputs import Inputs, as_layout, plain, transposed_in_memory
+from .oracle import attend
+
+APPROXIMATE = 0.05
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The reply to inputs whose exact output is known. ask: q, k, v and out, bhsd, float64."""
+
+    ask: Callable[[Workload], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    def __call__(self, case: Case) -> str:
+        w, layout = case.workload, case.implementation.layout
+        q, k, v, right = self.ask(w)
+        inputs = Inputs(*(t.to(w.dtype).to(case.device) for t in (q, k, v))).as_layout(layout)
+        kernel, _ = build(case, inputs)
+        out = call(case, kernel, inputs)
+        out = (out.transpose(1, 2) if layout == "bshd" else out).double().cpu()
+        unit = APPROXIMATE if case.implementation.approximate else 2 * torch.finfo(w.dtype).eps
+        wrong = ~((out - right).abs() <= unit * (right.abs() + 0.1))  # NaN is wrong
+        if not bool(wrong.any()):
+            return "ok"
+        first = tuple(wrong.nonzero()[0].tolist())
+        return f"wrong: {int(wrong.sum())} of {wrong.numel()} values, at {list(first)} {out[first]:.4g} for {right[first]:.4g}"
+
+
+class Trial:
+    """A case with inputs and an upstream gradient of its own, its kernel, and what is right."""
+
+    def __init__(self, case: Case):
+        self.case, self.layout = case, case.implementation.layout
+        self.x, self.dout = plain(case.workload, case.device, 0), gradients.upstream(case.workload, case.device, 0)
+        self.native, self.native_dout = self.x.as_layout(self.layout), as_layout(self.dout, self.layout)
+        self.right = attend(case.workload, self.x, None, torch.float64)
+        self.kernel, _ = build(case, self.native)
+
+    def output(self) -> str:
+        """What is off of its output, "" if nothing."""
+        out = call(self.case, self.kernel, self.native)
+        return _off([self.right], [in_layout(out, self.layout)], ["its output"])
+
+    @cached_property
+    def right_gradients(self) -> list[Tensor]:
+        return [one.out for one in gradients.reference(self.case.workload, self.x, self.dout).values()]
+
+    def gradients(self, dout: Tensor | None = None) -> Inputs | None:
+        """dq, dk and dv, "bhsd"; None where it has none. dout: in its layout."""
+        with contextlib.suppress(Unsupported):
+            if self.case.implementation.backward:
+                dout = self.native_dout if dout is None else dout
+                return backward.gradients(self.case, self.kernel, self.native, dout, first=True)
+        return None
+
+    def some(self, wanted: str) -> str:
+        """What is off where only some of q, k and v want a gradient, as behind frozen layers; "" if nothing."""
+        leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip("qkv", self.native, strict=True)]
+        with guard(self.case, "backward pass"):
+            out = self.kernel(*leaves)
+            if not out.requires_grad:
+                return f"its output carries no gradient where {' and '.join(wanted)} alone want one"
+            found = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], self.native_dout)
+        right = [one for name, one in zip("qkv", self.right_gradients, strict=True) if name in wanted]
+        off = _off(right, [in_layout(one, self.layout) for one in found], [f"d{name}" for name in wanted])
+        return off and f"{off} where {' and '.join(wanted)} alone want gradients"
+
+
+def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
+    """The reply to a backward pass on each of some workloads; on the first also where some inputs want no gradient."""
+
+    def reply(case: Case) -> str:
+        asked = 0
+        for w in workloads:
+            try:
+                trial = Trial(replace(case, workload=w))
+            except Unsupported:
+                continue
+            found = trial.gradients() if not trial.output() else None  # wrong outputs are another probe's
+            if found is None:
+                continue
+            if off := _off(trial.right_gradients, found):
+                return f"wrong: {off} with {w}"
+            if not asked and (off := _of_some(trial)):
+                return f"wrong: {off}"
+            asked += 1
+        if not asked:
+            raise Unsupported("forward only")
+        return "ok"
+
+    return reply
+
+
+def _of_some(trial: Trial) -> str:
+    for wanted in ("q", "kv", "v"):
+        if off := trial.some(wanted):
+            return off
+    found = trial.gradients(torch.zeros_like(trial.native_dout))
+    if found is None or any(bool((one != 0).any()) for one in found):  # NaN is not 0
+        return "its gradients are not 0 where dout is"
+    return ""
+
+
+def of_a_view(case: Case) -> str:
+    """The reply to douts that lie in memory otherwise than a kernel's output: expanded, as behind a sum, a part of something
+    wider, and as the other layout has it, as behind an output projection.
+
+    Each asked after a contiguous one: a library may have kept what it found out about the memory of the first.
+    """
+    trial = Trial(case)
+    dout = trial.native_dout
+    views = {
+        "is one value, expanded": torch.ones_like(dout[:1, :1, :1, :1]).expand_as(dout),
+        "is a part of a wider tensor": torch.cat([dout, dout], -1)[..., : dout.shape[-1]],
+        "is a view of another layout": transposed_in_memory(dout),
+    }
+    for what, view in views.items():
+        right = trial.gradients(view.clone(memory_format=torch.contiguous_format))
+        if right is None:
+            raise Unsupported("forward only")
+        found = trial.gradients(view)
+        if found is None or (off := _off(right, found)):
+            return f"wrong: {off} where dout {what}"
+    return "ok"
+
+
+def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case], str]:
+    """The reply to two kernels at once: each must keep the sizes and options that it was built with.
+
+    A plan or a compiled kernel that is kept by some of them alone takes the others from the other. Of what compiles, which
+    does so anew for each, the first few pairs are asked.
+    """
+
+    def reply(case: Case) -> str:
+        asked = False
+        for special, usual in pairs[: FEW if case.implementation.compiles else None]:
+            try:
+                complaint = _confused(replace(case, workload=special), replace(case, workload=usual))
+            except Unsupported:
+                continue
+            asked = True
+            if complaint:
+                return f"wrong: {complaint}"
+        if not asked:
+            raise Unsupported("none of the options")
+        return "ok"
+
+    return reply
+
+
+FEW = 4
+
+
+def _confused(special: Case, usual: Case) -> str:
+    """What is wrong of two cases beside one another though it was right of the first alone, "" if nothing.
+
+    Raises Unsupported for either.
+    """
+    one = Trial(special)
+    if one.output():
+        return ""  # wrong alone, as another probe will tell
+    trained = one.gradients()
+    two = Trial(usual)
+    for this, other in ((two, one), (one, two)):
+        if off := this.output():
+            return f"{off} with {this.case.workload} beside {other.case.workload}"
+    if trained is None or _off(one.right_gradients, trained) or two.gradients() is None:
+        return ""
+    both = (one, two)
+    found = backward.beside(
+        [trial.case for trial in both],
+        [trial.kernel for trial in both],
+        [trial.native for trial in both],
+        [trial.native_dout for trial in both],
+    )
+    for this, other, gradient in zip(both, both[::-1], found, strict=True):
+        if off := _off(this.right_gradients, gradient):
+            return f"{off} with {this.case.workload} where {other.case.workload} ran before its backward pass"
+    return ""
+
+
+def _off(right: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str] = ("dq", "dk", "dv")) -> str:
+    """Which of some results is off and by how much, "" if none."""
+    for name, one, other in zip(names, right, found, strict=True):
+        off = float((one - other).abs().max() / one.abs().max())
+        if not off <= 8 * torch.finfo(other.dtype).eps:  # atomics need not repeat; NaN is wrong
+            return f"{name} is off by {off:.0%} of its largest value"
+    return ""
+
+
+def averages(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zero queries see all visible keys alike; v is 1, 2, 3, … along the keys, so a row is the mean of what it sees."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    v += torch.arange(1.0, w.kv_len + 1)[:, None]
+    rows = []
+    for i in range(w.q_len):
+        last = i + w.offset
+        first = max(0, last - w.window + 1) if w.window else 0
+        rows.append((first + last) / 2 + 1 if last >= 0 else 0.0)
+    return q, k, v, torch.tensor(rows)[:, None].expand(w.shapes()["out"]).double()
+
+
+def heads(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """v is the number of its KV head, from 1, and 10 more for each batch."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    batch = 10.0 * torch.arange(w.batch)[:, None, None, None]
+    v += batch + torch.arange(1.0, w.kv_heads + 1)[:, None, None]
+    out = batch + torch.arange(1.0, w.kv_heads + 1).repeat_interleave(w.group)[:, None, None]
+    return q, k, v, out.expand(w.shapes()["out"]).double()
+
+
+def one_score(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One key has the product 24 with every query, the others 0; only its v is not 0 but 1: its weight is the answer."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    q[..., 0], k[:, :, 3, 0], v[:, :, 3] = 4.0, 6.0, 1.0
+    score = 24.0 / math.sqrt(w.scale_dim)
+    score = w.softcap * math.tanh(score / w.softcap) if w.softcap else score
+    weight = math.exp(score) / (math.exp(score) + w.kv_len - 1)
+    return q, k, v, torch.full(w.shapes()["out"], weight, dtype=torch.float64)
+
+
+def copies(w: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query i picks key 5·i mod n; v tells batch, head, key and column apart."""
+    q, k, v = (torch.zeros(w.shapes()[name], dtype=torch.float64) for name in "qkv")
+    picked = torch.arange(w.q_len) * 5 % w.kv_len
+    k[:, :, torch.arange(w.kv_len), torch.arange(w.kv_len)] = 20.0
+    q[:, :, torch.arange(w.q_len), picked] = 20.0
+    number = torch.arange(float(w.batch * w.heads * w.kv_len)).reshape(w.batch, w.heads, w.kv_len, 1)
+    v += number + 64 * (torch.arange(w.v_head_dim) % 3)
+    return q, k, v, v[:, :, picked].clone()
