@@ -103,7 +103,7 @@ COMBINATIONS = {
         "the same with every key seen, so that each split has its share, and no option that few kernels have",
     ),
     "adversarial-blind": (
-        "b1-h2kv1-q177kv40-d40-causal-bf16",
+        "b2-h2kv1-q177kv40-d40-causal-bf16",
         "more queries than keys, of which the first see none, at a head dim that is padded, and one KV head for all",
     ),
     "adversarial-value-dim": (
@@ -122,12 +122,40 @@ COMBINATIONS = {
         "b4-h3-q150kv77-d72-bf16",
         "more queries than keys and no mask, an odd number of heads, at a head dim that is padded",
     ),
-    "adversarial-half": (
-        "b2-h6kv2-s197-d64-causal-fp16",
-        "what is written for float16 alone",
+    "adversarial-aligned-queries": (
+        "b2-h5-q128kv77-d64-bf16",
+        "queries in whole tiles and keys not, where a kernel may take one for the other",
+    ),
+    "adversarial-aligned-keys": (
+        "b2-h8kv2-q100kv256-d128-causal-fp16",
+        "the other way round, as a prompt read in chunks has it; and what is written for float16 alone",
+    ),
+    "adversarial-aligned-window": (
+        "b2-h8kv2-s256-d128-causal-win128-bf16",
+        "everything in whole tiles, the window too, so that tiles are skipped at its edge",
+    ),
+    "adversarial-aligned-decode": (
+        "b1-h16kv1-q1kv256-d128-bf16",
+        "one query of one sequence, all heads on one KV head, keys in whole tiles and no mask",
+    ),
+    "adversarial-page": (
+        "b2-h14kv2-q1kv129-d64-causal-cap20-scale50-bf16",
+        "one query whose key opens a tile, or a page, heads in sevens, softcap and scale without a window",
+    ),
+    "adversarial-short": (
+        "b3-h8-q1kv40-d32-causal-bf16",
+        "one query and fewer keys than a tile, or than splits have, each head with its own",
+    ),
+    "adversarial-far": (
+        "b1-h4kv2-q64kv1000-d64-causal-bf16",
+        "queries in one tile, far behind the first keys and not at a tile's border",
+    ),
+    "adversarial-cap": (
+        "b1-h4kv2-s130-d256-causal-cap50-scale64-bf16",
+        "the largest head dim, with softcap and scale, in prefill and without a window",
     ),
     "adversarial-single": (
-        "b2-h6kv2-s197-d64-causal-fp32",
+        "b1-h6kv2-s197-d128-fp32",
         "what is written for float32 alone",
     ),
 }

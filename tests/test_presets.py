@@ -36,15 +36,16 @@ def test_defaults_exist_and_have_both_masks():
 
 
 def test_combinations_are_what_their_comments_say():
-    offset, ragged, window, options, decode, split, blind, value_dim, mla, group, cross, half, single = map(preset, COMBINATIONS)
-    for w in map(preset, COMBINATIONS):
-        assert w.kv_len % 64 != 0
-        assert (w.q_len > w.kv_len) == (w in (blind, cross))
-        assert (w.q_len == w.kv_len) == (w in (group, half, single))
-        assert (w.group > 1) == (w != cross)
-        assert w.causal == (w not in (ragged, cross))
-        assert (w.dtype != torch.bfloat16) == (w in (half, single))
+    of = {name.removeprefix("adversarial-"): preset(name) for name in COMBINATIONS}
+    for name, w in of.items():
+        assert (w.kv_len % 64 == 0) == (name in {"aligned-keys", "aligned-window", "aligned-decode"})
+        assert (w.q_len > w.kv_len) == (name in {"blind", "cross", "aligned-queries"})
+        assert (w.q_len == w.kv_len) == (name in {"group", "aligned-window", "cap", "single"})
+        assert (w.group == 1) == (name in {"cross", "aligned-queries", "short"})
+        assert (not w.causal) == (name in {"ragged", "cross", "aligned-queries", "aligned-decode", "single"})
+        assert (w.dtype != torch.bfloat16) == (name in {"aligned-keys", "single"})
         assert w.q_len * w.kv_len <= 2**16  # full size on a CPU
+    offset, ragged, window, options, decode, split, blind, value_dim, mla, group, cross = list(of.values())[:11]
     assert offset.batch == ragged.batch == options.batch == 3
     assert offset.group == ragged.group == options.group == 3
     assert offset.q_len % 16 != 0 != offset.offset % 16
@@ -64,7 +65,19 @@ def test_combinations_are_what_their_comments_say():
     assert (group.group, group.batch, group.kv_len % 64) == (7, 5, 1)
     assert cross.heads % 2 == 1
     assert cross.head_dim == 72
-    assert (half.dtype, single.dtype) == (torch.float16, torch.float32)
+    assert blind.batch > 1
+    assert of["aligned-queries"].q_len % 128 == 0
+    assert of["aligned-keys"].dtype == torch.float16
+    assert (of["aligned-window"].q_len % 128, of["aligned-window"].window % 64) == (0, 0)
+    assert (of["aligned-decode"].q_len, of["aligned-decode"].batch, of["aligned-decode"].kv_heads) == (1, 1, 1)
+    assert (of["page"].q_len, of["page"].kv_len % 64, of["page"].window, bool(of["page"].softcap)) == (1, 1, 0, True)
+    assert of["short"].q_len == 1
+    assert of["short"].kv_len < 64
+    assert of["short"].head_dim == 32
+    assert of["far"].q_len == 64
+    assert of["far"].offset % 64 != 0
+    assert (of["cap"].head_dim, of["cap"].window, bool(of["cap"].softcap)) == (256, 0, True)
+    assert of["single"].dtype == torch.float32
     assert blind.head_dim not in (32, 64)
     assert value_dim.v_head_dim > value_dim.head_dim
     assert value_dim.group == 5

@@ -44,6 +44,7 @@ def plain(w: Workload, device: str, seed: int) -> Inputs:
 
 # Powers of two, so that they cost no bit: what goes through float16 on its way overflows in V, and in dout it is lost.
 LOUD, FAINT = 2.0**20, 2.0**-44
+FAINT_HALF = 2.0**-10  # in float16 itself: what takes its subnormal numbers for 0 loses ds
 
 
 def loudness(w: Workload) -> float:
@@ -52,12 +53,56 @@ def loudness(w: Workload) -> float:
 
 
 # what a needle does to the scores of its query
-HALF, SATURATED, TOWERING, SUNKEN, CAPPED, BEYOND, FAR_BEYOND = range(7)
+HALF, SATURATED, TOWERING, SUNKEN, HUGE, CAPPED, BEYOND, FAR_BEYOND = range(8)
 TOWER, PARTNER, SINK = 192.0, 180.0, -120.0  # scores whose exp overflows, or underflows, in float32 (88.7, -103.9)
+RAW = 80000.0  # a product of q and k past float16's range
 OUTSIDE, FAR_OUTSIDE = 8.0, 48.0  # times the softcap: where tanh is 1, and where a float32 exp of twice that overflows
+# scores that are all low, but for one 30 above them; what their keys have in common, over a usual key's length
+DROWNED, AFLOAT, COMMON = -130.0, 30.0, 3.5
+DROWNING = 1 / 24  # of the queries of those heads
 
 
 def needles(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
+    """`pointed`, and in every third KV head some queries whose scores are all far below 0, where an exp without the right
+    maximum underflows.
+
+    quiet: without these and all else that is extreme, for kernels that share a scale among the rows of a block.
+    """
+    inputs = pointed(w, device, seed, quiet)
+    if quiet or w.softcap or w.head_dim < 32:  # whose scores would spread too far
+        return inputs
+    return _drowned(w, inputs, seed)
+
+
+def _drowned(w: Workload, x: Inputs, seed: int) -> Inputs:
+    """Keys of some heads that have a direction in common, which a few queries point away from and the others do not see.
+
+    Each of the few points at one key, too, so that it has all weight and no rounding counts.
+    """
+    device, generator = x.q.device, torch.Generator().manual_seed(seed + 5)
+    deep = torch.arange(w.batch * w.kv_heads).reshape(w.batch, w.kv_heads) % 3 == 0
+    along = torch.ones(w.head_dim, device=device) / w.head_dim**0.5
+    along[1::2] *= -1
+    common = COMMON * w.head_dim**0.5
+    where = deep.to(device)[:, :, None, None]
+    k = torch.where(where, x.k.float() + common * along, x.k.float())
+    q = x.q.float()
+    q = torch.where(where.repeat_interleave(w.group, 1), q - (q @ along)[..., None] * along, q)
+    few = torch.rand(w.batch, w.heads, w.q_len, generator=generator) < DROWNING
+    few[0, [0, w.group - 1], -1] = True
+    ordinary = (x.q.float().norm(dim=-1) < 8 * w.head_dim**0.5).cpu()  # no tower
+    batch, head, row = (few & ordinary & deep.repeat_interleave(w.group, 1)[:, :, None]).nonzero().unbind(1)
+    first, last = _seen(w, row)
+    key = first + (torch.rand(len(row), generator=generator) * (last - first + 1)).long()
+    batch, head, row, key = (index[last >= first].to(device) for index in (batch, head, row, key))
+    one = x.k[batch, head // w.group, key].float()
+    one = one - (one @ along)[:, None] * along
+    afloat = AFLOAT * one / one.square().sum(-1, keepdim=True)
+    q[batch, head, row] = (DROWNED / common * along + afloat) / w.scale
+    return x._replace(q=q.to(w.dtype), k=k.to(w.dtype))
+
+
+def pointed(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
     """`plain`, with some queries pointed at one key each, so that a misplaced mask, tile or head changes whole rows.
 
     Of the queries of each head, about a quarter point at a random visible key, each 64-key tile getting its share,
@@ -66,31 +111,33 @@ def needles(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
     up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
     far end of a window. A few tower: two neighbouring keys score 192 and 180, which only a softmax that subtracts the
     right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart. Or the
-    first is far beyond the cap before it is capped, where a tanh made by hand fails.
-    And a query that sees one key alone scores it -120, so that nothing hidden may leak. V is loud.
-    quiet: it is not, and nothing is beyond the cap: for kernels that share a scale among the rows of a block.
+    first is far beyond the cap before it is capped, where a tanh made by hand fails. Some products are past float16's range.
+    And a query that sees one key alone scores it -120, so that nothing hidden may leak. V is loud. quiet: it is not, and
+    nothing is beyond the cap or past float16.
     """
     q, k, v = plain(w, device, seed)
     spots = _spots(w, torch.Generator().manual_seed(seed))
     batch, head, row, key, kind, partner = spots.to(device).unbind(1)
-    kind = kind.clamp(max=CAPPED) if quiet else kind
+    kind = torch.where(kind == HUGE, SATURATED, kind).clamp(max=CAPPED) if quiet else kind
     pair = torch.stack([k[batch, head // w.group, n] for n in (key, partner)], 1).float()  # [N, 2, D]
     # a query t·key/|key| / scale / |key| gives its key the logit t and the others a spread of t/|key|
     norm = pair[:, 0].norm(dim=-1)
     half = math.log(max(2, w.seen_keys)) + (14.0 / norm) ** 2 / 2
     half = half + torch.arange(len(half), device=device) // 2 % 4
     tall, low, same = 0.9 * w.softcap, 0.9 * w.softcap - 1.5, torch.ones_like(half)
-    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, *[tall * same] * 3], 1)  # [N, kinds]
+    huge = 0.0 if w.dtype == torch.float16 else RAW * w.scale
+    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, huge * same, *[tall * same] * 3], 1)  # [N, kinds]
     target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind >= CAPPED, low, PARTNER)], 1)
     if w.softcap:
         target = target.clamp(min=-0.95 * w.softcap, max=0.95 * w.softcap)
         target = w.softcap * torch.atanh(target / w.softcap)
-        for beyond, times in ((BEYOND, OUTSIDE), (FAR_BEYOND, FAR_OUTSIDE)):
-            target[kind == beyond, 0] = times * w.softcap
-    alone = (kind < TOWERING) | (kind == SUNKEN) | (kind == FAR_BEYOND) | (partner == key)
+        target[kind == BEYOND, 0] = OUTSIDE * w.softcap
+        target[kind == FAR_BEYOND, 0] = max(FAR_OUTSIDE * w.softcap, huge)
+    alone = (kind < TOWERING) | (kind == SUNKEN) | (kind == HUGE) | (kind == FAR_BEYOND) | (partner == key)
     query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow
-    q[batch, head, row] = query.clamp(-1000, 1000).to(w.dtype)
+    most = 1000.0 if w.dtype == torch.float16 else 1e5
+    q[batch, head, row] = query.clamp(-most, most).to(w.dtype)
     return Inputs(q, k, v if quiet else v * loudness(w))
 
 
@@ -176,11 +223,16 @@ def _edges(w: Workload, generator: torch.Generator) -> torch.Tensor:
 def _towers(w: Workload, generator: torch.Generator) -> torch.Tensor:
     """A few needles at two visible keys each, towering or at and beyond the cap, where no small head dim blurs them."""
     n = max(3, w.batch * w.heads * w.q_len // 48) if w.head_dim >= 40 else 0
-    which, row = (torch.randint(high, (n,), generator=generator) for high in (w.batch * w.heads, w.q_len))
+    query = torch.randperm(w.batch * w.heads * w.q_len, generator=generator)[:n]
+    which, row = query // w.q_len, query % w.q_len
     first, last = _seen(w, row)
-    key = first + (torch.rand(n, generator=generator) * (last - first + 1).clamp(min=1)).long()
-    kind = CAPPED + torch.arange(n) % 3 if w.softcap else torch.full_like(key, TOWERING)
-    return torch.stack([which, row, key, kind], 1)[last >= first]
+    key = first + (torch.rand(len(row), generator=generator) * (last - first + 1).clamp(min=1)).long()
+    found = torch.stack([which, row, key, torch.full_like(key, TOWERING)], 1)[last >= first]
+    if w.softcap:
+        found[:, 3] = CAPPED + torch.arange(len(found)) % 3
+    elif w.dtype != torch.float16:
+        found[1::3, 3] = HUGE
+    return found
 
 
 def _sunken(w: Workload) -> torch.Tensor:

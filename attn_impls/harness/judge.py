@@ -54,9 +54,7 @@ class Problem:
 
     @cached_property
     def _quiet_reference(self) -> Reference:
-        if self.workload.softcap:
-            return reference(self.workload, self._quiet, self.seed, make.needle_rows(self.workload, self.seed + 1))
-        return self.references[0].times(1 / make.loudness(self.workload))  # V alone differs
+        return reference(self.workload, self._quiet, self.seed, make.needle_rows(self.workload, self.seed + 1))
 
     def exact(self, approximate: bool | str) -> tuple[Reference, Reference]:
         """The answers to what is judged, with the budgets of the workload's dtype."""
@@ -75,12 +73,19 @@ class Problem:
         return {False: self.references}
 
     @cached_property
-    def sdpa(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def sdpa(self) -> tuple[torch.Tensor, ...] | None:
         """SDPA's outputs for the needles and the plain inputs; None where it cannot do this workload."""
+        return self._of_sdpa(self.needles, self.plain)
+
+    @cached_property
+    def _quiet_sdpa(self) -> tuple[torch.Tensor, ...] | None:
+        return self.sdpa and self._of_sdpa(self._quiet, self.plain)
+
+    def _of_sdpa(self, *inputs: Inputs) -> tuple[torch.Tensor, ...] | None:
         case = Case(self.workload, REGISTRY["sdpa"], self.device)
         try:
-            kernel, _ = build(case, self.needles)
-            return call(case, kernel, self.needles), call(case, kernel, self.plain)
+            kernel, _ = build(case, inputs[0])
+            return tuple(call(case, kernel, x) for x in inputs)
         except DeviceLost:  # SDPA broke it, and not the case that asked
             raise
         except (Unsupported, CaseFailed):  # SDPA's own test says which
@@ -91,7 +96,7 @@ class Problem:
         """Upstream gradients for the needles, faint as behind a mean over many tokens, some masked, and for the plain inputs."""
         first, second = (gradients.upstream(self.workload, self.device, seed) for seed in (self.seed + 1, self.seed))
         first = gradients.masked(first, self.seed)
-        return first if self.workload.dtype == torch.float16 else first * make.FAINT, second
+        return first * (make.FAINT_HALF if self.workload.dtype == torch.float16 else make.FAINT), second
 
     def call(self, case: Case, kernel: Kernel) -> Callable[[], Any]:
         """What is timed of a case: its kernel, its gradients, or both, on the plain inputs in its layout."""
@@ -214,6 +219,7 @@ class Problem:
         """
         approximate, layout = case.implementation.approximate, case.implementation.layout
         errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
+        sdpas = self._quiet_sdpa if approximate else self.sdpa
         repeatable, native = True, self.needles.as_layout(layout)
         for n, original in enumerate(self.judged(approximate)):
             exact, known = self.exact(approximate)[n], self.known(approximate)[n]
@@ -232,10 +238,9 @@ class Problem:
             errors += [known.over_budget(out) for out in outs]
             drifts += [known.drift_over_budget(out) for out in outs]
             rms.append(known.rms_over_budget(outs[0]))
-            if self.sdpa:
-                theirs = self.sdpa[n] / make.loudness(self.workload) if approximate and n == 0 else self.sdpa[n]
-                apart += [known.apart(out, theirs, exact) for out in outs]
-                sdpa_errors.append(exact.over_budget(theirs))
+            if sdpas:
+                apart += [known.apart(out, sdpas[n], exact) for out in outs]
+                sdpa_errors.append(exact.over_budget(sdpas[n]))
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
 

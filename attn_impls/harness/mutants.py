@@ -152,7 +152,7 @@ def zero_last(x: Tensor, n: int) -> Tensor:
 
 
 def several_tiles(w: Workload) -> bool:
-    return min(w.kv_len, w.window or w.kv_len) > 1.5 * TILE and not w.softcap
+    return min(w.kv_len, w.window or w.kv_len) > 2.5 * TILE and not w.softcap
 
 
 SOFTMAX = [
@@ -162,6 +162,7 @@ SOFTMAX = [
         for most in (60, 160)
     ),
     Mutant("running max starts at 0", "exp underflows", broken(weights=steps.peak_from_zero)),
+    Mutant("padding in the maximum", "last tile's zero-filled keys", broken(weights=steps.peak_of_padding)),
     Mutant("max of half of each tile", "a warp reduction too short", broken(weights=steps.peak_of_half_tiles)),
     Mutant("one max for 64 queries", "reduced over the wrong axis", broken(weights=steps.peak_of_query_tile)),
     Mutant("neighbour's max past a tile boundary", "row index off by one", broken(weights=steps.neighbours_peak)),
@@ -280,9 +281,17 @@ def fp16(x: Tensor) -> Tensor:
     return steps.rounded(x, torch.float16)
 
 
+def products_half(w: Workload, scores: Tensor, visible: Tensor) -> Tensor:
+    return right_cap(w, fp16(scores / w.scale) * w.scale, visible)
+
+
 def wide(w: Workload) -> bool:
     """The dtype has room for what float16 has not."""
     return w.dtype != torch.float16
+
+
+def wide_and_uncapped(w: Workload) -> bool:
+    return wide(w) and not w.softcap  # whose tanh takes an infinity
 
 
 def sums_low(w: Workload) -> bool:
@@ -300,6 +309,7 @@ ROUNDING = [
     ),
     Mutant("inputs through TF32", "allow_tf32", through(steps.tf32), lambda w: w.dtype == torch.float32),
     Mutant("inputs through bf16", "a cast", through(bf16), lambda w: w.dtype != torch.bfloat16),
+    Mutant("products through fp16", "no room for q·k before the scale", broken(cap=products_half), wide_and_uncapped),
     Mutant("V through fp16", "no room for its range", through(fp16, "v"), wide),
     Mutant("output through fp16", "no room for its range", broken(after=lambda _w, out: fp16(out)), wide),
     Mutant("K through fp8", "an undeclared quantisation", through(steps.quantised, "k"), lambda _w: True),

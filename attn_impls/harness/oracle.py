@@ -34,10 +34,6 @@ class Reference:
     budget: torch.Tensor
     drift: float = float("inf")  # not judged
 
-    def times(self, factor: float) -> Reference:
-        """The answer to the same inputs with V times a power of two."""
-        return dataclasses.replace(self, out=self.out * factor, norm=self.norm * factor)
-
     def select(self, out: torch.Tensor) -> torch.Tensor:
         """The rows of an output [B, H, Sq, DV] that this reference knows, in float64."""
         return (out if self.rows is None else out[:, :, self.rows]).double()

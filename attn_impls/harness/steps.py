@@ -128,6 +128,11 @@ def peak_from_zero(_w: Workload, scores: Tensor) -> Tensor:
     return torch.where(blind, 0.0, weights / weights.sum(-1, keepdim=True))
 
 
+def peak_of_padding(w: Workload, scores: Tensor) -> Tensor:
+    """The same where the last tile has keys past the end, whose scores of 0 the maximum is taken over."""
+    return peak_from_zero(w, scores) if w.kv_len % TILE else right_weights(w, scores)
+
+
 def peak_of_half_tiles(_w: Workload, scores: Tensor) -> Tensor:
     """The maximum taken over the first 32 keys of each tile only."""
     known = torch.arange(scores.shape[-1], device=scores.device) % TILE < TILE // 2
