@@ -92,7 +92,7 @@ def test_some_needles_tower_out_of_float32s_range(text, dtype):
     scores, mask = scores_of(w), w.mask("cpu")
     top = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).topk(2).values
     towers = (top[..., 0] > 160) & (top[..., 0] < 500)
-    assert 1 <= int(towers.sum()) <= towers.numel() / 8
+    assert 1 <= int(towers.sum()) <= max(3, towers.numel() / 8)
     assert bool((top[towers][:, 1] > 160).any())  # its partner: exp overflows for both
     assert bool(((top[..., 0] - top[..., 1])[towers] > 6).all())  # and yet no rounding of the scores matters
 
