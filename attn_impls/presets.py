@@ -143,7 +143,7 @@ COMBINATIONS = {
         "one query whose key opens a tile, or a page, heads in sevens, softcap and scale without a window",
     ),
     "adversarial-short": (
-        "b3-h8-q1kv40-d32-causal-bf16",
+        "b3-h8-q1kv40-d64-causal-bf16",
         "one query and fewer keys than a tile, or than splits have, each head with its own",
     ),
     "adversarial-far": (

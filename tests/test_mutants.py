@@ -17,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEW = [w for w in WORKLOADS if w.q_len > 1 and (w.softcap or w.offset > 0)]
 TRIED = [*WORKLOADS, *(w.replace(dtype=dtype) for w in FEW for dtype in (torch.float16, torch.float32))]
-QUICK = [w for w in WORKLOADS if w.window or w.softcap or w.blind_rows or w.q_len == 1]  # on which each mutant that is one anywhere shows
+QUICK = [
+    w for w in WORKLOADS if w.window or w.softcap or w.blind_rows or w.q_len == 1
+]  # on which each mutant that is one anywhere shows
 QUICK += [FEW[-1].replace(dtype=dtype) for dtype in (torch.float16, torch.float32)]
 PARAMETERS = [pytest.param(w, id=str(w), marks=[] if w in QUICK else [pytest.mark.slow]) for w in TRIED]
 

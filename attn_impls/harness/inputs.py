@@ -44,7 +44,6 @@ def plain(w: Workload, device: str, seed: int) -> Inputs:
 
 # Powers of two, so that they cost no bit: what goes through float16 on its way overflows in V, and in dout it is lost.
 LOUD, FAINT = 2.0**20, 2.0**-44
-FAINT_HALF = 2.0**-10  # in float16 itself: what takes its subnormal numbers for 0 loses ds
 
 
 def loudness(w: Workload) -> float:
@@ -102,7 +101,7 @@ def _drowned(w: Workload, x: Inputs, seed: int) -> Inputs:
     return x._replace(q=q.to(w.dtype), k=k.to(w.dtype))
 
 
-def pointed(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
+def pointed(w: Workload, device: str, seed: int, quiet: bool = False, huge: bool = True) -> Inputs:
     """`plain`, with some queries pointed at one key each, so that a misplaced mask, tile or head changes whole rows.
 
     Of the queries of each head, about a quarter point at a random visible key, each 64-key tile getting its share,
@@ -111,28 +110,29 @@ def pointed(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
     up to an eighth point at the edges of the mask: the last key seen, the first one hidden, and likewise at the
     far end of a window. A few tower: two neighbouring keys score 192 and 180, which only a softmax that subtracts the
     right maximum survives. With a softcap, the two score 0.9 of it and 1.5 less instead: uncapped they are far apart. Or the
-    first is far beyond the cap before it is capped, where a tanh made by hand fails. Some products are past float16's range.
+    first is far beyond the cap before it is capped, where a tanh made by hand fails.
     And a query that sees one key alone scores it -120, so that nothing hidden may leak. V is loud. quiet: it is not, and
-    nothing is beyond the cap or past float16.
+    nothing is beyond the cap. huge, and not quiet: some products are past float16's range.
     """
     q, k, v = plain(w, device, seed)
     spots = _spots(w, torch.Generator().manual_seed(seed))
     batch, head, row, key, kind, partner = spots.to(device).unbind(1)
-    kind = torch.where(kind == HUGE, SATURATED, kind).clamp(max=CAPPED) if quiet else kind
+    kind = kind.clamp(max=CAPPED) if quiet else kind
+    kind = kind if huge and not quiet else torch.where(kind == HUGE, SATURATED, kind)
     pair = torch.stack([k[batch, head // w.group, n] for n in (key, partner)], 1).float()  # [N, 2, D]
     # a query t·key/|key| / scale / |key| gives its key the logit t and the others a spread of t/|key|
     norm = pair[:, 0].norm(dim=-1)
     half = math.log(max(2, w.seen_keys)) + (14.0 / norm) ** 2 / 2
     half = half + torch.arange(len(half), device=device) // 2 % 4
     tall, low, same = 0.9 * w.softcap, 0.9 * w.softcap - 1.5, torch.ones_like(half)
-    huge = 0.0 if w.dtype == torch.float16 else RAW * w.scale
-    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, huge * same, *[tall * same] * 3], 1)  # [N, kinds]
+    far = FAR_OUTSIDE * w.softcap
+    wanted = torch.stack([half, half + 9.0, TOWER * same, SINK * same, RAW * w.scale * same, *[tall * same] * 3], 1)  # [N, kinds]
     target = torch.stack([wanted.gather(1, kind[:, None])[:, 0], torch.where(kind >= CAPPED, low, PARTNER)], 1)
     if w.softcap:
         target = target.clamp(min=-0.95 * w.softcap, max=0.95 * w.softcap)
         target = w.softcap * torch.atanh(target / w.softcap)
         target[kind == BEYOND, 0] = OUTSIDE * w.softcap
-        target[kind == FAR_BEYOND, 0] = max(FAR_OUTSIDE * w.softcap, huge)
+        target[kind == FAR_BEYOND, 0] = max(far, RAW * w.scale) if huge and w.dtype != torch.float16 else far
     alone = (kind < TOWERING) | (kind == SUNKEN) | (kind == HUGE) | (kind == FAR_BEYOND) | (partner == key)
     query = _solve(pair, target / w.scale, alone)
     # a tiny head dim makes tiny keys: their needles must not overflow

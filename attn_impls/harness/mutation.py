@@ -72,6 +72,10 @@ class Trial:
         return self.killed and not self.differs
 
 
+def _exact(inputs: Inputs) -> Inputs:
+    return Inputs(*(tensor.double() for tensor in inputs))
+
+
 class Bench:
     """One workload on a type of device, on which mutants and implementations are judged."""
 
@@ -82,8 +86,7 @@ class Bench:
     @cached_property
     def exact(self) -> list[tuple[Inputs, Reference]]:
         """Each of the judged inputs in float64, with its reference."""
-        inputs = (self.problem.needles, self.problem.plain)
-        return [(Inputs(*(t.double() for t in x)), r) for x, r in zip(inputs, self.problem.references, strict=True)]
+        return [(_exact(x), r) for x, r in zip(self.problem.judged(False), self.problem.references, strict=True)]
 
     def differs(self, mutant: Mutant) -> bool:
         """Whether the mutant, computed in float64, differs from the oracle in one of two calls on each of the judged inputs."""
@@ -152,7 +155,7 @@ class GradientBench(Bench):
         for n, known in enumerate(self.problem.gradient_references):
             dout = self.problem.douts[n].double()
             for _ in range(2):
-                leaves = [tensor.detach().requires_grad_() for tensor in self.exact[n][0]]
+                leaves = [tensor.detach().requires_grad_() for tensor in _exact(self.problem.trained[n])]
                 found = torch.autograd.grad(kernel(*leaves), leaves, dout)
                 heads = self.problem.gradient_heads
                 errors = [known[name].error(one[:, heads[name]]) for name, one in zip("qkv", found, strict=True)]

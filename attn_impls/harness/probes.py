@@ -37,12 +37,12 @@ PAIRS = tuple(
         ("b1-h3-s44-d64-causal", "b1-h3-s44-d64"),
         ("b1-h3-s56-d64-scale144", "b1-h3-s56-d64"),
         ("b1-h3-s72-d64-cap2", "b1-h3-s72-d64"),
+        ("b1-h3-s200-d64-causal", "b1-h3-s100-d64-causal"),
         ("b1-h3-s76-d64-causal-win4", "b1-h3-s76-d64-causal-win12"),
         ("b1-h3-s80-d64-scale144", "b1-h3-s80-d64-scale50"),
         ("b1-h3-s84-d64-cap1", "b1-h3-s84-d64-cap4"),
         ("b1-h4kv2-s60-d64-causal", "b1-h4-s60-d64-causal"),
         ("b2-h3-s68-d64-causal", "b1-h3-s68-d64-causal"),
-        ("b1-h3-s200-d64-causal", "b1-h3-s100-d64-causal"),
         ("b2-h4kv2-q1kv264-d64-causal", "b2-h4kv2-q1kv200-d64-causal"),
         ("b2-h4kv2-q1kv232-d128-causal-win50", "b2-h4kv2-q1kv232-d128-causal"),
     )

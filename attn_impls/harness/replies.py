@@ -143,15 +143,15 @@ def of_a_view(case: Case) -> str:
 def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case], str]:
     """The reply to two kernels at once: each must keep the sizes and options that it was built with.
 
-    A plan or a compiled kernel that is kept by some of them alone takes the others from the other. Of what compiles, which
-    does so anew for each, the first few pairs are asked.
+    A plan or a compiled kernel that is kept by some of them alone takes the others from the other. Gradients are asked of
+    the first few pairs; of what compiles, which does so anew for each, nothing else.
     """
 
     def reply(case: Case) -> str:
         asked = False
-        for special, usual in pairs[: FEW if case.implementation.compiles else None]:
+        for n, (special, usual) in enumerate(pairs[: FEW if case.implementation.compiles else None]):
             try:
-                complaint = _confused(replace(case, workload=special), replace(case, workload=usual))
+                complaint = _confused(replace(case, workload=special), replace(case, workload=usual), gradients=n < FEW)
             except Unsupported:
                 continue
             asked = True
@@ -164,10 +164,10 @@ def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case
     return reply
 
 
-FEW = 4
+FEW = 5
 
 
-def _confused(special: Case, usual: Case) -> str:
+def _confused(special: Case, usual: Case, gradients: bool) -> str:
     """What is wrong of two cases beside one another though it was right of the first alone, "" if nothing.
 
     Raises Unsupported for either.
@@ -175,7 +175,7 @@ def _confused(special: Case, usual: Case) -> str:
     one = Trial(special)
     if one.output():
         return ""  # wrong alone, as another probe will tell
-    trained = one.gradients()
+    trained = one.gradients() if gradients else None
     two = Trial(usual)
     for this, other in ((two, one), (one, two)):
         if off := this.output():

@@ -43,7 +43,7 @@ def errors(trial: Trial) -> dict[str, list[float]]:
     if not case.implementation.backward:
         raise Unsupported("forward only")
     found: dict[str, list[float]] = {}
-    for n, inputs in enumerate((problem.needles, problem.plain)):
+    for n, inputs in enumerate(problem.trained):
         share = trial.guarded("sharing", partial(plan.share, *inputs))
         upstream = trial.guarded("sharing", lambda n=n: plan.upstream(problem.douts[n].clone()))  # type: ignore[misc]
         if n == 0:  # once: a kernel that returns the last call's gradients must not be given the right ones first
@@ -107,7 +107,7 @@ def _known(trial: Trial, n: int) -> dict[str, Reference]:
     problem, weight = trial.problem, trial.plan.holding.weight
     if weight is None:
         return trial.known(("gradients", n), lambda: problem.gradient_references[n])
-    inputs = (problem.needles, problem.plain)[n]
+    inputs = problem.trained[n]
     make = partial(answers.unsharded_gradients, trial.case.workload, inputs, weight=weight, kv_heads=problem.gradient_heads["k"])
     return trial.known(("projected gradients", n), lambda: make(dout=problem.douts[n]))
 
