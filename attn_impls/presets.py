@@ -99,7 +99,7 @@ COMBINATIONS = {
         "the same with one query, whose path is often another kernel, over split keys, in groups of eight",
     ),
     "adversarial-split": (
-        "b8-h16kv2-q1kv1090-d128-causal-bf16",
+        "b4-h16kv2-q1kv1090-d128-causal-bf16",
         "the same with every key seen, so that each split has its share, and no option that few kernels have",
     ),
     "adversarial-blind": (

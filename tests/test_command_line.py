@@ -238,6 +238,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", SELECTIONS)
 def test_selection_of_workloads(run_suite, folder, arguments):
     assert collected(run_suite, folder, *arguments.split()) == SELECTIONS[arguments].split()
@@ -310,6 +311,7 @@ def test_plain_run(narrow):
     assert "no GPU" in narrow.out
 
 
+@pytest.mark.slow
 def test_run_leaves_no_more_than_its_journal(narrow, suite_copy):
     new = set(listing(narrow.cwd)) - set(listing(suite_copy(FILES)))
     journals = [path for path in new if path.endswith(".jsonl")]
@@ -346,6 +348,7 @@ def test_table_fits_the_terminal(request, shown, columns):
 # pytest-xdist
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked", ["--benchmark-only", "tests/test_benchmark.py", f"tests/test_benchmark.py::test_forward[{ID}-sdpa]"]
 )
