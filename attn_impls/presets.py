@@ -75,8 +75,8 @@ PRESETS |= {
     for mask in ("", "-causal")
 }
 
-# options and ragged lengths that kernels get right alone and wrong together: checked beside the default presets, not timed;
-# so small that a CPU takes them as they are
+# options, head counts and lengths that kernels get right alone and wrong together: checked beside the default presets, not
+# timed; so small that a CPU takes them as they are
 COMBINATIONS = {
     "adversarial-offset": (
         "b3-h6kv2-q113kv333-d64-causal-bf16",
@@ -84,23 +84,23 @@ COMBINATIONS = {
     ),
     "adversarial-ragged": (
         "b3-h6kv2-q113kv203-d64-bf16",
-        "the same without a mask, which would hide the last tile's padding from most queries",
+        "lengths like those of adversarial-offset without a mask, which would hide the last tile's padding from most queries",
     ),
     "adversarial-window": (
         "b2-h8kv2-q5kv133-d64-causal-win66-bf16",
-        "the same with a window that ends inside a tile and at its border, and few queries, as in speculative decoding",
+        "a window that ends inside a tile and at its border, and few queries, as in speculative decoding",
     ),
     "adversarial-all-options": (
         "b3-h6kv2-q77kv133-d80-causal-win37-cap20-scale50-bf16",
-        "the same with softcap, a scale of its own, and a head dim that is padded",
+        "causal, window, softcap and a scale of its own together, at a head dim that is padded",
     ),
     "adversarial-decode": (
         "b2-h16kv2-q1kv1090-d128-causal-win100-cap50-bf16",
-        "the same with one query, whose path is often another kernel, over split keys, in groups of eight",
+        "one query, whose path is often another kernel, over split keys, in groups of eight, with window and softcap",
     ),
     "adversarial-split": (
         "b4-h16kv2-q1kv1090-d128-causal-bf16",
-        "the same with every key seen, so that each split has its share, and no option that few kernels have",
+        "one query that sees every key, so that each split has its share, and no option that few kernels have",
     ),
     "adversarial-blind": (
         "b2-h2kv1-q177kv40-d40-causal-bf16",
@@ -108,11 +108,11 @@ COMBINATIONS = {
     ),
     "adversarial-value-dim": (
         "b1-h10kv2-q77kv203-d112v128-causal-bf16",
-        "the same with values longer than keys, both padded, and heads in fives",
+        "values longer than keys, both padded, and heads in fives",
     ),
     "adversarial-mla": (
         "b1-h4kv2-q77kv203-d192v128-causal-bf16",
-        "the same with values shorter than keys, as in multi-head latent attention",
+        "values shorter than keys, as in multi-head latent attention",
     ),
     "adversarial-group": (
         "b5-h28kv4-s65-d96-causal-bf16",
@@ -128,7 +128,7 @@ COMBINATIONS = {
     ),
     "adversarial-aligned-keys": (
         "b2-h8kv2-q100kv256-d128-causal-fp16",
-        "the other way round, as a prompt read in chunks has it; and what is written for float16 alone",
+        "keys in whole tiles and queries not, as a prompt read in chunks has them; and what is written for float16 alone",
     ),
     "adversarial-aligned-window": (
         "b2-h8kv2-s256-d128-causal-win128-bf16",
@@ -143,7 +143,7 @@ COMBINATIONS = {
         "one query whose key opens a tile, or a page, heads in sevens, softcap and scale without a window",
     ),
     "adversarial-short": (
-        "b3-h8-q1kv40-d64-causal-bf16",
+        "b4-h8-q1kv40-d64-causal-bf16",
         "one query and fewer keys than a tile, or than splits have, each head with its own",
     ),
     "adversarial-far": (
@@ -152,7 +152,7 @@ COMBINATIONS = {
     ),
     "adversarial-cap": (
         "b1-h4kv2-s130-d256-causal-cap50-scale64-bf16",
-        "the largest head dim, with softcap and scale, in prefill and without a window",
+        "the largest head dim that most kernels have, with softcap and scale, in prefill and without a window",
     ),
     "adversarial-single": (
         "b1-h6kv2-s197-d128-fp32",

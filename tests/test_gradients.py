@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attn_impls import Unsupported, Workload
-from attn_impls.harness import gradients
+from attn_impls.harness import gradients, judge
 from attn_impls.harness.backward_steps import broken
 from attn_impls.harness.case import Case
 from attn_impls.harness.gradient_mutants import GRADIENT_MUTANTS
@@ -220,7 +220,8 @@ def test_two_layers_forward_before_one_goes_backward():
     assert verdict.failure.startswith("differs in d"), verdict
 
 
-def test_passes_that_do_not_fit_together_are_made_one_by_one():
+@pytest.mark.parametrize(("small", "runs"), [(2**24, 1), (0, 2)])
+def test_passes_that_do_not_fit_together_are_made_one_by_one(monkeypatch, small, runs):
     w, alive, refused = WORKLOADS[4], weakref.WeakSet(), []
 
     def kernel(*x):
@@ -231,8 +232,51 @@ def test_passes_that_do_not_fit_together_are_made_one_by_one():
         alive.add(out)
         return out
 
+    monkeypatch.setattr(judge, "SMALL_PAIRS", small)
     assert not Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: kernel, w), kernel).failure
-    assert len(refused) == 1
+    assert len(refused) == runs
+
+
+def keeping(few):
+    """Attention whose backward pass finds its inputs among the last few that any forward pass had, with gradients or not."""
+    kept: list[tuple] = []
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *x):
+            kept.append(x)
+            del kept[:-few]
+            ctx.mine = x
+            return RIGHT(WORKLOADS[3])(*x)
+
+        @staticmethod
+        def backward(ctx, dout):
+            mine = next((x for x in kept if x is ctx.mine), kept[0])
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in mine]
+                return torch.autograd.grad(RIGHT(WORKLOADS[3])(*leaves), leaves, dout)
+
+    return lambda _w: Attention.apply
+
+
+@pytest.mark.parametrize("small", [0, 2**24])
+def test_kernels_that_keep_too_few_passes_are_rejected(monkeypatch, small):
+    monkeypatch.setattr(judge, "SMALL_PAIRS", small)
+    w = WORKLOADS[3]
+    layers = 4 if small else 2
+    for few, right in ((1, False), (2, False), (layers, False), (layers + 1, True)):  # one more: the call without gradients
+        build = keeping(few)
+        verdict = Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w))
+        assert bool(verdict.failure) != right, few
+
+
+def test_queries_that_see_one_key_have_no_gradients_to_speak_of():
+    w = Workload.parse("b1-h2-q64kv1-d64-causal-fp32")
+    for seed in (0, 802):
+        assert not Problem(w, "cpu", seed).judge_gradients(case_of(RIGHT, w), RIGHT(w)).failure
+        sdpa = REGISTRY["sdpa"]
+        case = Case(w.replace(causal=False), sdpa, "cpu", "backward")
+        assert not Problem(case.workload, "cpu", seed).judge_gradients(case, sdpa(case.workload)).failure
 
 
 def test_a_changed_dout_is_told():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_approximate import fp8, int8
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import backward_steps, probes, replies
@@ -18,6 +19,7 @@ from attn_impls.registry import REGISTRY, Implementation, discover
 discover()
 NAMES = [asked.name for asked in probes.PROBES]
 CLOSED = [asked for asked in probes.PROBES if isinstance(asked.reply, replies.Closed)]
+KEPT = next(asked for asked in probes.PROBES if asked.name == "options kept")
 COMPILED = {"compiled", "flex"}  # seconds a probe
 
 # the probe: the mutant that it must catch
@@ -59,6 +61,12 @@ def test_a_right_kernel_answers_all(suite, layout):
     assert probes.brief(answers) == f"{len(NAMES)} ok"
 
 
+def test_right_kernels_of_low_precision_are_not_called_confused(suite):
+    for arithmetic, declared in ((int8, "int8"), (fp8, "fp8")):
+        lowered = Implementation("low", lambda w, lower=arithmetic: lower(broken()(w)), approximate=declared, backward=False)
+        assert probes.answer(KEPT, lowered, suite.device) == "ok"
+
+
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name not in COMPILED])
 def test_implementations_answer_right(suite, name):
     implementation = REGISTRY[name]
@@ -87,9 +95,6 @@ def test_each_probe_has_its_mutant(suite, name):
     assert name in probes.brief(answers)
 
 
-KEPT = next(asked for asked in probes.PROBES if asked.name == "options kept")
-
-
 def of_the_last_build():
     """Kernels whose options lie in one place."""
     built: list[Workload] = []
@@ -113,7 +118,7 @@ def of_the_last_length():
 
     def build(w):
         built.append(w.kv_len)
-        return lambda q, k, v: broken()(w)(q, k, v * (torch.arange(w.kv_len) < built[-1])[:, None])
+        return lambda q, k, v: broken()(w)(q, k, v * (torch.arange(w.kv_len, device=v.device) < built[-1])[:, None])
 
     return build
 
@@ -182,7 +187,8 @@ def careless_with(misread):
 
         @staticmethod
         def backward(ctx, dout):
-            dout = dout.transpose(1, 2).reshape(dout.shape) * torch.arange(dout.shape[-1]) if misread(dout) else dout
+            if misread(dout):
+                dout = dout.transpose(1, 2).reshape(dout.shape) * torch.arange(dout.shape[-1], device=dout.device)
             return torch.autograd.grad(ctx.right, ctx.leaves, dout)
 
     return Careless.apply
@@ -201,7 +207,6 @@ def test_a_dout_is_read_as_it_lies_in_memory(suite, misread, found):
     text = probes.answer(asked, Implementation("careless", lambda _: careless_with(misread)), suite.device)
     assert re.fullmatch(rf"wrong: dq is off by \d+% of its largest value where dout {found}", text)
     assert not any(asked.concerns(w) for w in (asked.workload, *(other.workload for other in CLOSED)))  # shown, and timed
-    assert probes.answer(asked, Implementation("forward", broken(), backward=False), suite.device) == "unsupported: forward only"
 
 
 TRAINING = next(asked for asked in probes.PROBES if asked.name == "gradients")
@@ -242,9 +247,9 @@ def all_or_nothing(w):
 @pytest.mark.parametrize(
     ("build", "found"),
     [
-        (detached("q"), "its output carries no gradient where k and v alone want one"),
-        (detached("k"), "its output carries no gradient where q alone want one"),
-        (all_or_nothing, r"dk is off by 100% of its largest value where k and v alone want gradients"),
+        (detached("q"), "its output carries no gradient where only k and v may have one"),
+        (detached("k"), "its output carries no gradient where only q may have one"),
+        (all_or_nothing, r"dk is off by 100% of its largest value where only k and v may have gradients"),
         (
             lambda w: backward_steps.broken(weights=lambda _w, s: (s * 2).softmax(-1) if w.window else s.softmax(-1))(w),
             r"dq is off by \d+% of its largest value with b1-h3-s48-d64-causal-win4-bf16",
@@ -263,8 +268,11 @@ def test_wrong_gradients_are_told(suite, build, found):
 
 def test_who_has_no_gradients_or_wrong_outputs_is_not_asked_for_them(suite):
     wrong = next(mutant.build for mutant in MUTANTS if mutant.name == "scale 1")
-    for implementation in (Implementation("forward", broken(), backward=False), Implementation("wrong", wrong)):
-        assert probes.answer(TRAINING, implementation, suite.device) == "unsupported: forward only"
+    assert probes.answer(TRAINING, Implementation("wrong", wrong), suite.device) == "unsupported: wrong outputs"
+    for options in ({"backward": False}, {"approximate": "int8"}):
+        for asked in (TRAINING, probes.PROBES[-1]):
+            text = probes.answer(asked, Implementation("forward", broken(), **options), suite.device)
+            assert text == "unsupported: forward only, or approximate"
 
 
 def test_an_answer_matters_only_where_it_is_used():

@@ -121,7 +121,7 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
                 validate(of, call.outs[0])
             outs = [call.outs[0] for call in calls]
             before = [out.detach().clone() for out in outs]
-            if len(calls) > 1:  # a call without gradients, of which no backward pass may take anything
+            if len(calls) > 1:  # as in training, a call without gradients, of which no backward pass may take anything
                 calls[-1].kernel(*(leaf.detach() for leaf in calls[-1].leaves))
             for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
                 gradients = call()

@@ -68,7 +68,7 @@ def needles(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
     quiet: without these and all else that is extreme, for kernels that share a scale among the rows of a block.
     """
     inputs = pointed(w, device, seed, quiet)
-    if quiet or w.softcap or w.head_dim < 32:  # whose scores would spread too far
+    if quiet or w.softcap or w.head_dim < 32:  # a capped score is not that low, and those of a small head dim spread too far
         return inputs
     return _drowned(w, inputs, seed)
 
@@ -76,7 +76,7 @@ def needles(w: Workload, device: str, seed: int, quiet: bool = False) -> Inputs:
 def _drowned(w: Workload, x: Inputs, seed: int) -> Inputs:
     """Keys of some heads that have a direction in common, which a few queries point away from and the others do not see.
 
-    Each of the few points at one key, too, so that it has all weight and no rounding counts.
+    Each of the few points at one key, too, which has nearly all weight where the head dim is not small: no rounding counts.
     """
     device, generator = x.q.device, torch.Generator().manual_seed(seed + 5)
     deep = torch.arange(w.batch * w.kv_heads).reshape(w.batch, w.kv_heads) % 3 == 0
@@ -222,8 +222,9 @@ def _edges(w: Workload, generator: torch.Generator) -> torch.Tensor:
 
 def _towers(w: Workload, generator: torch.Generator) -> torch.Tensor:
     """A few needles at two visible keys each, towering or at and beyond the cap, where no small head dim blurs them."""
-    n = max(3, w.batch * w.heads * w.q_len // 48) if w.head_dim >= 40 else 0
-    query = torch.randperm(w.batch * w.heads * w.q_len, generator=generator)[:n]
+    queries = w.batch * w.heads * w.q_len
+    n = min(max(3, queries // 48), (queries + 1) // 2) if w.head_dim >= 40 else 0
+    query = torch.randperm(queries, generator=generator)[:n]
     which, row = query // w.q_len, query % w.q_len
     first, last = _seen(w, row)
     key = first + (torch.rand(len(row), generator=generator) * (last - first + 1).clamp(min=1)).long()

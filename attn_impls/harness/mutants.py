@@ -101,6 +101,7 @@ def cap_unscaled(w: Workload, scores: Tensor, visible: Tensor) -> Tensor:
 
 
 def pade(x: Tensor) -> Tensor:
+    """Near tanh for small x; grows like x / 9 for large."""
     return x * (27 + x**2) / (27 + 9 * x**2)
 
 

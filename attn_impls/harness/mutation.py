@@ -150,12 +150,16 @@ class GradientBench(Bench):
     def mutants(self) -> list[Mutant]:
         return GRADIENT_MUTANTS
 
+    @cached_property
+    def _exact_leaves(self) -> list[Inputs]:
+        return [_exact(inputs) for inputs in self.problem.trained]
+
     def differs(self, mutant: Mutant) -> bool:
         kernel = mutant.build(self.workload)
         for n, known in enumerate(self.problem.gradient_references):
             dout = self.problem.douts[n].double()
             for _ in range(2):
-                leaves = [tensor.detach().requires_grad_() for tensor in _exact(self.problem.trained[n])]
+                leaves = [tensor.detach().requires_grad_() for tensor in self._exact_leaves[n]]
                 found = torch.autograd.grad(kernel(*leaves), leaves, dout)
                 heads = self.problem.gradient_heads
                 errors = [known[name].error(one[:, heads[name]]) for name, one in zip("qkv", found, strict=True)]

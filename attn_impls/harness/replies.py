@@ -19,6 +19,8 @@ from .inputs import Inputs, as_layout, plain, transposed_in_memory
 from .oracle import attend
 
 APPROXIMATE = 0.05
+CONFUSED = 0.2  # of the largest value: what an approximate kernel's result may be off beside another
+FEW = 5  # pairs that are asked of what compiles, and whose gradients are asked of all
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,18 @@ class Trial:
     def output(self) -> str:
         """What is off of its output, "" if nothing."""
         out = call(self.case, self.kernel, self.native)
-        return _off([self.right], [in_layout(out, self.layout)], ["its output"])
+        unit = CONFUSED if self.case.implementation.approximate else None
+        return _off([self.right], [in_layout(out, self.layout)], ["its output"], unit)
 
     @cached_property
     def right_gradients(self) -> list[Tensor]:
         return [one.out for one in gradients.reference(self.case.workload, self.x, self.dout).values()]
 
     def gradients(self, dout: Tensor | None = None) -> Inputs | None:
-        """dq, dk and dv, "bhsd"; None where it has none. dout: in its layout."""
+        """dq, dk and dv, "bhsd"; None where it has none, or is approximate. dout: in its layout."""
+        implementation = self.case.implementation
         with contextlib.suppress(Unsupported):
-            if self.case.implementation.backward:
+            if implementation.backward and not implementation.approximate:
                 dout = self.native_dout if dout is None else dout
                 return backward.gradients(self.case, self.kernel, self.native, dout, first=True)
         return None
@@ -75,24 +79,29 @@ class Trial:
         with guard(self.case, "backward pass"):
             out = self.kernel(*leaves)
             if not out.requires_grad:
-                return f"its output carries no gradient where {' and '.join(wanted)} alone want one"
+                return f"its output carries no gradient where only {' and '.join(wanted)} may have one"
             found = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], self.native_dout)
+            if self.case.device == "cuda":
+                torch.cuda.synchronize()
         right = [one for name, one in zip("qkv", self.right_gradients, strict=True) if name in wanted]
         off = _off(right, [in_layout(one, self.layout) for one in found], [f"d{name}" for name in wanted])
-        return off and f"{off} where {' and '.join(wanted)} alone want gradients"
+        return off and f"{off} where only {' and '.join(wanted)} may have gradients"
 
 
 def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
     """The reply to a backward pass on each of some workloads; on the first also where some inputs want no gradient."""
 
     def reply(case: Case) -> str:
-        asked = 0
+        asked, reason = 0, "forward only, or approximate"
         for w in workloads:
             try:
                 trial = Trial(replace(case, workload=w))
             except Unsupported:
                 continue
-            found = trial.gradients() if not trial.output() else None  # wrong outputs are another probe's
+            if trial.output():  # which another probe tells
+                reason = "wrong outputs"
+                continue
+            found = trial.gradients()
             if found is None:
                 continue
             if off := _off(trial.right_gradients, found):
@@ -101,7 +110,7 @@ def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
                 return f"wrong: {off}"
             asked += 1
         if not asked:
-            raise Unsupported("forward only")
+            raise Unsupported(reason)
         return "ok"
 
     return reply
@@ -112,9 +121,9 @@ def _of_some(trial: Trial) -> str:
         if off := trial.some(wanted):
             return off
     found = trial.gradients(torch.zeros_like(trial.native_dout))
-    if found is None or any(bool((one != 0).any()) for one in found):  # NaN is not 0
-        return "its gradients are not 0 where dout is"
-    return ""
+    if found is None:
+        return "it has no gradients where dout is 0"
+    return "its gradients are not 0 where dout is" if any(bool((one != 0).any()) for one in found) else ""  # NaN is not 0
 
 
 def of_a_view(case: Case) -> str:
@@ -133,9 +142,10 @@ def of_a_view(case: Case) -> str:
     for what, view in views.items():
         right = trial.gradients(view.clone(memory_format=torch.contiguous_format))
         if right is None:
-            raise Unsupported("forward only")
+            raise Unsupported("forward only, or approximate")
         found = trial.gradients(view)
-        if found is None or (off := _off(right, found)):
+        off = "it has no gradients" if found is None else _off(right, found)
+        if off:
             return f"wrong: {off} where dout {what}"
     return "ok"
 
@@ -143,8 +153,8 @@ def of_a_view(case: Case) -> str:
 def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case], str]:
     """The reply to two kernels at once: each must keep the sizes and options that it was built with.
 
-    A plan or a compiled kernel that is kept by some of them alone takes the others from the other. Gradients are asked of
-    the first few pairs; of what compiles, which does so anew for each, nothing else.
+    A cache keyed by only some sizes and options gives one kernel the other's. Gradients are asked of the first FEW pairs; of
+    what compiles, which does so anew for each, nothing else is.
     """
 
     def reply(case: Case) -> str:
@@ -164,13 +174,10 @@ def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case
     return reply
 
 
-FEW = 5
-
-
 def _confused(special: Case, usual: Case, gradients: bool) -> str:
-    """What is wrong of two cases beside one another though it was right of the first alone, "" if nothing.
+    """What is wrong of two cases beside one another though the first was right alone, "" if nothing.
 
-    Raises Unsupported for either.
+    The second is not tried alone: what it is given then may be the first one's already. Raises Unsupported for either.
     """
     one = Trial(special)
     if one.output():
@@ -195,11 +202,16 @@ def _confused(special: Case, usual: Case, gradients: bool) -> str:
     return ""
 
 
-def _off(right: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str] = ("dq", "dk", "dv")) -> str:
-    """Which of some results is off and by how much, "" if none."""
+def _off(
+    right: Sequence[Tensor],
+    found: Sequence[Tensor],
+    names: Sequence[str] = ("dq", "dk", "dv"),
+    unit: float | None = None,
+) -> str:
+    """Which of some results is off and by how much, "" if none. unit: of its largest value, what it may be off."""
     for name, one, other in zip(names, right, found, strict=True):
         off = float((one - other).abs().max() / one.abs().max())
-        if not off <= 8 * torch.finfo(other.dtype).eps:  # atomics need not repeat; NaN is wrong
+        if not off <= (unit or 8 * torch.finfo(other.dtype).eps):  # atomics need not repeat; NaN is wrong
             return f"{name} is off by {off:.0%} of its largest value"
     return ""
 
