@@ -87,7 +87,7 @@ COMBINATIONS = {
         "lengths like those of adversarial-offset without a mask, which would hide the last tile's padding from most queries",
     ),
     "adversarial-window": (
-        "b2-h8kv2-q5kv133-d64-causal-win66-bf16",
+        "b2-h8kv2-q4kv133-d64-causal-win66-bf16",
         "a window that ends inside a tile and at its border, and few queries, as in speculative decoding",
     ),
     "adversarial-all-options": (
@@ -103,12 +103,12 @@ COMBINATIONS = {
         "one query that sees every key, so that each split has its share, and no option that few kernels have",
     ),
     "adversarial-blind": (
-        "b2-h2kv1-q177kv40-d40-causal-bf16",
+        "b2-h2kv1-q168kv40-d40-causal-bf16",
         "more queries than keys, of which the first see none, at a head dim that is padded, and one KV head for all",
     ),
     "adversarial-value-dim": (
-        "b1-h10kv2-q77kv203-d112v128-causal-bf16",
-        "values longer than keys, both padded, and heads in fives",
+        "b1-h10kv2-q77kv203-d112v128-bf16",
+        "values longer than keys, both padded, no mask, and heads in fives",
     ),
     "adversarial-mla": (
         "b1-h4kv2-q77kv203-d192v128-causal-bf16",
@@ -127,12 +127,16 @@ COMBINATIONS = {
         "queries in whole tiles and keys not, where a kernel may take one for the other",
     ),
     "adversarial-aligned-keys": (
-        "b2-h8kv2-q100kv256-d128-causal-fp16",
-        "keys in whole tiles and queries not, as a prompt read in chunks has them; and what is written for float16 alone",
+        "b2-h8kv2-q64kv192-d128-causal-fp16",
+        "queries, keys and their offset in whole tiles, as a prompt in chunks has them; and what is written for float16 alone",
     ),
     "adversarial-aligned-window": (
-        "b2-h8kv2-s256-d128-causal-win128-bf16",
-        "everything in whole tiles, the window too, so that tiles are skipped at its edge",
+        "b1-h16kv1-s256-d128-causal-win128-bf16",
+        "everything in whole tiles, the window too, so that tiles are skipped at its edge; all heads on one KV head",
+    ),
+    "adversarial-wide-window": (
+        "b1-h4-s400-d64-causal-win200-bf16",
+        "a window of several tiles, whose far edge moves through those of all queries but the first",
     ),
     "adversarial-aligned-decode": (
         "b1-h16kv1-q1kv256-d128-bf16",
@@ -146,8 +150,12 @@ COMBINATIONS = {
         "b4-h8-q1kv40-d64-causal-bf16",
         "one query and fewer keys than a tile, or than splits have, each head with its own",
     ),
+    "adversarial-tiny": (
+        "b2-h4kv2-q3kv7-d64-causal-bf16",
+        "fewer queries and keys than any tile, or step of one, has",
+    ),
     "adversarial-far": (
-        "b1-h4kv2-q64kv1000-d64-causal-bf16",
+        "b1-h4kv2-q64kv1100-d64-causal-bf16",
         "queries in one tile, far behind the first keys and not at a tile's border",
     ),
     "adversarial-cap": (

@@ -40,11 +40,11 @@ def test_combinations_are_what_their_comments_say():
     for name, w in of.items():
         assert (w.kv_len % 64 == 0) == (name in {"aligned-keys", "aligned-window", "aligned-decode"})
         assert (w.q_len > w.kv_len) == (name in {"blind", "cross", "aligned-queries"})
-        assert (w.q_len == w.kv_len) == (name in {"group", "aligned-window", "cap", "single"})
-        assert (w.group == 1) == (name in {"cross", "aligned-queries", "short"})
-        assert (not w.causal) == (name in {"ragged", "cross", "aligned-queries", "aligned-decode", "single"})
+        assert (w.q_len == w.kv_len) == (name in {"group", "aligned-window", "wide-window", "cap", "single"})
+        assert (w.group == 1) == (name in {"cross", "aligned-queries", "wide-window", "short"})
+        assert (not w.causal) == (name in {"ragged", "value-dim", "cross", "aligned-queries", "aligned-decode", "single"})
         assert (w.dtype != torch.bfloat16) == (name in {"aligned-keys", "single"})
-        assert w.q_len * w.kv_len <= 2**16  # full size on a CPU
+        assert w.q_len * w.kv_len <= 160000  # full size on a CPU
     offset, ragged, window, options, decode, split, blind, value_dim, mla, group, cross = list(of.values())[:11]
     assert offset.batch == ragged.batch == options.batch == 3
     assert offset.group == ragged.group == options.group == 3
@@ -60,7 +60,7 @@ def test_combinations_are_what_their_comments_say():
     assert (decode.q_len, bool(decode.window), bool(decode.softcap)) == (1, True, True)
     assert (split.q_len, split.window, split.softcap) == (1, 0, 0)
     assert (decode.head_dim, decode.group) == (split.head_dim, split.group) == (128, 8)
-    assert blind.blind_rows > 64
+    assert blind.blind_rows % 64 == 0
     assert blind.kv_heads == 1
     assert (group.group, group.batch, group.kv_len % 64) == (7, 5, 1)
     assert cross.heads % 2 == 1
@@ -68,6 +68,11 @@ def test_combinations_are_what_their_comments_say():
     assert blind.batch > 1
     assert of["aligned-queries"].q_len % 128 == 0
     assert of["aligned-keys"].dtype == torch.float16
+    assert of["aligned-keys"].offset % 64 == of["aligned-keys"].q_len % 64 == 0
+    assert of["aligned-window"].group > 8
+    assert of["wide-window"].q_len > 2 * 128 > of["wide-window"].window > 128
+    assert max(of["tiny"].q_len, of["tiny"].kv_len) < 16
+    assert of["far"].offset > 1024
     assert (of["aligned-window"].q_len % 128, of["aligned-window"].window % 64) == (0, 0)
     assert (of["aligned-decode"].q_len, of["aligned-decode"].batch, of["aligned-decode"].kv_heads) == (1, 1, 1)
     assert (of["page"].q_len, of["page"].kv_len % 64, of["page"].window, bool(of["page"].softcap)) == (1, 1, 0, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +123,8 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
             outs = [call.outs[0] for call in calls]
             before = [out.detach().clone() for out in outs]
             if len(calls) > 1:  # as in training, a call without gradients, of which no backward pass may take anything
-                calls[-1].kernel(*(leaf.detach() for leaf in calls[-1].leaves))
+                with contextlib.nullcontext() if case.implementation.compiles else torch.no_grad():  # for which some compile anew
+                    calls[-1].kernel(*(leaf.detach() for leaf in calls[-1].leaves))
             for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
                 gradients = call()
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"

@@ -159,9 +159,9 @@ def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case
 
     def reply(case: Case) -> str:
         asked = False
-        for n, (special, usual) in enumerate(pairs[: FEW if case.implementation.compiles else None]):
+        for n, (one, other) in enumerate(pairs[: FEW if case.implementation.compiles else None]):
             try:
-                complaint = _confused(replace(case, workload=special), replace(case, workload=usual), gradients=n < FEW)
+                complaint = _confused(replace(case, workload=one), replace(case, workload=other), gradients=n < FEW)
             except Unsupported:
                 continue
             asked = True
@@ -174,31 +174,30 @@ def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case
     return reply
 
 
-def _confused(special: Case, usual: Case, gradients: bool) -> str:
-    """What is wrong of two cases beside one another though the first was right alone, "" if nothing.
-
-    The second is not tried alone: what it is given then may be the first one's already. Raises Unsupported for either.
-    """
-    one = Trial(special)
-    if one.output():
-        return ""  # wrong alone, as another probe will tell
-    trained = one.gradients() if gradients else None
-    two = Trial(usual)
-    for this, other in ((two, one), (one, two)):
-        if off := this.output():
-            return f"{off} with {this.case.workload} beside {other.case.workload}"
-    if trained is None or _off(one.right_gradients, trained) or two.gradients() is None:
+def _confused(one: Case, other: Case, gradients: bool) -> str:
+    """What is wrong of two cases, each alone and beside the other, "" if nothing. Raises Unsupported for either."""
+    first = Trial(one)
+    if off := first.output():
+        return f"{off} with {one.workload}"
+    trained = first.gradients() if gradients else None
+    second = Trial(other)
+    both = (first, second)
+    for _ in range(2):
+        for this, company in ((second, first), (first, second)):
+            if off := this.output():
+                return f"{off} with {this.case.workload} beside {company.case.workload}"
+        Trial(one)  # so that the second time the first one has been built last
+    if trained is None or second.gradients() is None:
         return ""
-    both = (one, two)
     found = backward.beside(
         [trial.case for trial in both],
         [trial.kernel for trial in both],
         [trial.native for trial in both],
         [trial.native_dout for trial in both],
     )
-    for this, other, gradient in zip(both, both[::-1], found, strict=True):
+    for this, company, gradient in zip(both, both[::-1], found, strict=True):
         if off := _off(this.right_gradients, gradient):
-            return f"{off} with {this.case.workload} where {other.case.workload} ran before its backward pass"
+            return f"{off} with {this.case.workload} where {company.case.workload} ran before its backward pass"
     return ""
 
 
