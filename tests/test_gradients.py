@@ -8,7 +8,7 @@ import torch
 
 from attn_impls import Unsupported, Workload
 from attn_impls.harness import gradients, judge
-from attn_impls.harness.backward_steps import broken
+from attn_impls.harness.backward_steps import BackwardSteps, broken
 from attn_impls.harness.case import Case
 from attn_impls.harness.gradient_mutants import GRADIENT_MUTANTS
 from attn_impls.harness.inputs import Inputs, needles, plain
@@ -268,6 +268,33 @@ def test_kernels_that_keep_too_few_passes_are_rejected(monkeypatch, small):
         build = keeping(few)
         verdict = Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w))
         assert bool(verdict.failure) != right, few
+
+
+def test_a_call_without_gradients_leaves_a_backward_pass_alone():
+    """One whose backward pass takes the output of the last such call, where one came after its forward pass."""
+    left: dict[str, torch.Tensor] = {}
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *x):
+            out = RIGHT(WORKLOADS[3])(*x)
+            ctx.save_for_backward(*x, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, dout):
+            *x, out = ctx.saved_tensors
+            return BackwardSteps()(WORKLOADS[3], *x, left.pop("out", out), dout)
+
+    def kernel(*x):
+        if torch.is_grad_enabled() and x[0].requires_grad:
+            left.clear()
+            return Attention.apply(*x)
+        left["out"] = RIGHT(WORKLOADS[3])(*x)
+        return left["out"]
+
+    w = WORKLOADS[3]
+    assert "differs in d" in Problem(w, "cpu", 0).judge_gradients(case_of(lambda _w: kernel, w), kernel).failure
 
 
 def test_queries_that_see_one_key_have_no_gradients_to_speak_of():

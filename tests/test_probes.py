@@ -149,7 +149,7 @@ def of_the_last_forward_pass():
         (of_the_last_build, r"its output is off by \d+% .* with b1-h3-s40-d64-causal-win4-bf16 beside .*-causal-bf16"),
         (of_the_first_build, r"its output is off by \d+% .* with b1-h3-s56-d64-bf16 beside .*-scale144-bf16"),
         (of_the_last_length, r"its output is off by \d+% .* with b1-h3-s200-d64-causal-bf16 beside .*-s100-.*"),
-        (of_the_last_forward_pass, r"dq is off by .* with .*-win4-bf16 where .*-causal-bf16 ran before its backward pass"),
+        (of_the_last_forward_pass, r"dq is off by .* with .*-causal-bf16 where .*-win4-bf16 ran before its backward pass"),
     ],
 )
 def test_kernels_keep_the_options_they_were_built_with(suite, build, found):

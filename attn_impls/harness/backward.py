@@ -110,6 +110,12 @@ def _calls(kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tenso
     return [Backward(kernel, x, dout) for x, dout in zip(inputs, douts, strict=True)]
 
 
+def _without_gradients(case: Case, call: Backward) -> None:
+    """A call as an evaluation between the passes makes it, of which no backward pass may take anything."""
+    with contextlib.nullcontext() if case.implementation.compiles else torch.no_grad():  # for which some compile anew
+        call.kernel(*(leaf.detach() for leaf in call.leaves))
+
+
 def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> list[Pass]:
     case = cases[0]
     found: list[Pass] = []
@@ -122,9 +128,8 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
                 validate(of, call.outs[0])
             outs = [call.outs[0] for call in calls]
             before = [out.detach().clone() for out in outs]
-            if len(calls) > 1:  # as in training, a call without gradients, of which no backward pass may take anything
-                with contextlib.nullcontext() if case.implementation.compiles else torch.no_grad():  # for which some compile anew
-                    calls[-1].kernel(*(leaf.detach() for leaf in calls[-1].leaves))
+            if len(calls) > 1 and len(set(cases)) == 1:
+                _without_gradients(case, calls[0])
             for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
                 gradients = call()
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"

@@ -189,13 +189,14 @@ def _confused(one: Case, other: Case, gradients: bool) -> str:
         Trial(one)  # so that the second time the first one has been built last
     if trained is None or second.gradients() is None:
         return ""
+    last = (second, first)
     found = backward.beside(
-        [trial.case for trial in both],
-        [trial.kernel for trial in both],
-        [trial.native for trial in both],
-        [trial.native_dout for trial in both],
+        [trial.case for trial in last],
+        [trial.kernel for trial in last],
+        [trial.native for trial in last],
+        [trial.native_dout for trial in last],
     )
-    for this, company, gradient in zip(both, both[::-1], found, strict=True):
+    for this, company, gradient in zip(last, both, found, strict=True):
         if off := _off(this.right_gradients, gradient):
             return f"{off} with {this.case.workload} where {company.case.workload} ran before its backward pass"
     return ""
