@@ -43,7 +43,7 @@ PAIRS = tuple(
         ("b1-h3-s84-d64-cap1", "b1-h3-s84-d64-cap4"),
         ("b1-h4kv2-s60-d64-causal", "b1-h4-s60-d64-causal"),
         ("b1-h3-s68-d64-causal", "b2-h3-s68-d64-causal"),
-        ("b1-h3-q20kv108-d64-causal", "b1-h3-q52kv108-d64-causal"),
+        ("b1-h3-q20kv140-d64-causal", "b1-h3-q84kv140-d64-causal"),
         ("b2-h4kv2-q1kv136-d64-causal", "b2-h4kv2-q1kv250-d64-causal"),
         ("b2-h4kv2-q1kv232-d128-causal-win50", "b2-h4kv2-q1kv232-d128-causal"),
     )
