@@ -139,8 +139,8 @@ COMBINATIONS = {
         "a window of several tiles, whose far edge moves through those of all queries but the first",
     ),
     "adversarial-aligned-decode": (
-        "b1-h16kv1-q1kv256-d128-bf16",
-        "one query of one sequence, all heads on one KV head, keys in whole tiles and no mask",
+        "b1-h18kv2-q1kv256-d128-bf16",
+        "one query of one sequence, heads in nines, keys in whole tiles and no mask",
     ),
     "adversarial-page": (
         "b2-h14kv2-q1kv129-d64-causal-cap20-scale50-bf16",

@@ -74,7 +74,7 @@ def test_combinations_are_what_their_comments_say():
     assert max(of["tiny"].q_len, of["tiny"].kv_len) < 16
     assert of["far"].offset > 1024
     assert (of["aligned-window"].q_len % 128, of["aligned-window"].window % 64) == (0, 0)
-    assert (of["aligned-decode"].q_len, of["aligned-decode"].batch, of["aligned-decode"].kv_heads) == (1, 1, 1)
+    assert (of["aligned-decode"].q_len, of["aligned-decode"].batch, of["aligned-decode"].group) == (1, 1, 9)
     assert (of["page"].q_len, of["page"].kv_len % 64, of["page"].window, bool(of["page"].softcap)) == (1, 1, 0, True)
     assert of["short"].q_len == 1
     assert of["short"].kv_len < 64

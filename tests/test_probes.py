@@ -293,7 +293,7 @@ def test_what_cannot_be_answered_is_told_apart(suite):
     assert answers["softcap"] == "unsupported: no softcap"
     assert answers["window"].startswith("wrong: ")
     assert "ZeroDivisionError" in answers["GQA"]
-    assert probes.brief(answers).startswith("wrong: window; raised: layout, ")
+    assert probes.brief(answers).startswith("wrong: window, options kept; raised: layout, ")
 
 
 def test_slow_builders_are_asked_little(suite, monkeypatch):
