@@ -229,7 +229,7 @@ def _probes(infos: list[dict[str, Any]]) -> list[str]:
         if info.get("probes"):
             answers.setdefault(info["probes"], {})[info["implementation"]] = None
     told = "; ".join(f"{', '.join(names)}: {answer}" for answer, names in answers.items())
-    return [f"asked for alignment, window, scale, heads, layout (closed-form answers): {told}"] if told else []
+    return [f"asked for alignment, window, scale, heads, layout, gradients, and company: {told}"] if told else []
 
 
 def _short(kernels: list[str]) -> str:
