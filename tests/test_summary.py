@@ -348,7 +348,7 @@ def test_what_implementations_answered_is_told_by_answer():
         saved("three", 3e-3, probes="9 ok"),
     ]
     text = " ".join(line.strip() for line in texts(rows, width=80))
-    assert "(closed-form answers): one, three: 9 ok; two: 1 ok, 8 not asked" in text
+    assert "and company: one, three: 9 ok; two: 1 ok, 8 not asked" in text
     assert "closed-form" not in " ".join(texts([saved("one", 1e-3)]))
 
 
