@@ -226,7 +226,7 @@ def detached(name):
 
 
 def all_or_nothing(w):
-    """dk is computed where dq is, and is the first gradient where it is not."""
+    """dk is computed only where dq is."""
 
     class Attention(torch.autograd.Function):
         @staticmethod

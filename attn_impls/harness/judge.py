@@ -16,6 +16,7 @@ from . import backward, gradients
 from . import inputs as make
 from .approximate import loosened
 from .case import Case, CaseFailed, DeviceLost, build, call
+from .complaints import complaint_of, nan_rows, worst_row
 from .inputs import Inputs, as_layout
 from .oracle import Reference, reference
 from .verdict import Verdict, worst_of
@@ -30,6 +31,7 @@ class Problem:
     def __init__(self, workload: Workload, device: str, seed: int):
         self.workload, self.device, self.seed = workload, device, seed
         self._natives: dict[str, Inputs] = {}
+        self._classes: dict[bool | str, tuple[Reference, Reference]] = {}
 
     @cached_property
     def plain(self) -> Inputs:
@@ -92,10 +94,6 @@ class Problem:
         return self._classes[approximate]
 
     @cached_property
-    def _classes(self) -> dict[bool | str, tuple[Reference, Reference]]:
-        return {}
-
-    @cached_property
     def sdpa(self) -> tuple[torch.Tensor, ...] | None:
         """SDPA's outputs for the needles and the plain inputs; None where it cannot do this workload."""
         return self._of_sdpa(self.needles, self.plain)
@@ -138,7 +136,7 @@ class Problem:
 
     def changed(self, layout: str) -> str:
         """What the calls in this layout have done to their inputs, "" if nothing."""
-        return _complaint(None, self.plain, self.native(layout), layout)
+        return complaint_of(None, self.plain, self.native(layout), layout)
 
     @contextmanager
     def handing_out(self, layout: str) -> Iterator[None]:
@@ -204,7 +202,7 @@ class Problem:
         twice = [passes[:2], passes[2:]]
         found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
         for n, (original, native) in enumerate(zip(self.trained, natives, strict=True)):
-            complaint = _complaint(None, original, native, layout)
+            complaint = complaint_of(None, original, native, layout)
             if not complaint and not torch.equal(in_layout(self.douts[n], layout), douts[n]):
                 complaint = "changed dout, its upstream gradient"
             verdict = self._training_output(self.training_references[n], [one[n] for one in twice], complaint)
@@ -220,7 +218,7 @@ class Problem:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
         outs = [one.out for one in twice]
         of, repeatable = "the output of its training pass", torch.equal(*outs)
-        complaint = complaint or next(filter(None, (*(_nan(out, of) for out in outs), *(one.complaint for one in twice))), "")
+        complaint = complaint or next(filter(None, (*(nan_rows(out, of) for out in outs), *(one.complaint for one in twice))), "")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=of)
         worst, drift = (max(map(figure, outs)) for figure in (known.over_budget, known.drift_over_budget))
@@ -229,7 +227,7 @@ class Problem:
     def _gradient_verdict(self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None) -> Verdict:
         """Of one gradient for one of the inputs."""
         repeatable = torch.equal(*twice)
-        complaint = _nan(twice[0], f"d{name}")
+        complaint = nan_rows(twice[0], f"d{name}")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=f"d{name}")
         heads = self.gradient_heads[name]
@@ -264,7 +262,7 @@ class Problem:
                 outs.append(out.transpose(1, 2) if layout == "bshd" else out)
                 outs[-1] = outs[-1].clone()  # a kernel may hand out the same buffer again
             repeatable &= torch.equal(*outs)
-            complaint = _complaint(outs[0], original, native, layout)
+            complaint = complaint_of(outs[0], original, native, layout)
             if complaint:
                 return Verdict(float("inf"), float("inf"), None, None, repeatable, complaint=complaint)
             errors += [known.over_budget(out) for out in outs]
@@ -281,10 +279,10 @@ class Problem:
         if case.implementation.layout == "bshd":
             parts = [part.transpose(1, 2) for part in parts]
         if case.direction == "forward":
-            return _worst_row(parts[0], parts[0], self.known(case.implementation.approximate)[1], "")
+            return worst_row(parts[0], parts[0], self.known(case.implementation.approximate)[1], "")
         known, heads = self.gradient_references[1], self.gradient_heads
         named = zip("qkv", parts, strict=True)
-        found = [_worst_row(part, part[:, heads[name]], known[name], f"d{name}") for name, part in named]
+        found = [worst_row(part, part[:, heads[name]], known[name], f"d{name}") for name, part in named]
         return max(found, key=lambda one: one[0])
 
 
@@ -294,27 +292,3 @@ def poison(w: Workload, device: str) -> None:
         blocks = min(64, max(2, POISON_BYTES // (math.prod(shape) * w.dtype.itemsize)))  # free lists hold many small ones
         for _ in [torch.full(shape, float("nan"), dtype=w.dtype, device=device) for _ in range(blocks)]:
             pass
-
-
-def _worst_row(out: torch.Tensor, judged: torch.Tensor, known: Reference, of: str) -> tuple[float, str]:
-    """The error of an output by those of its heads that are known, over its budget, and in words; infinity for any NaN."""
-    if nan := _nan(out, of):
-        return math.inf, nan
-    error, drift = known.over_budget(judged), known.drift_over_budget(judged)
-    if drift > max(error, 1):
-        return drift, f"its rows{of and f' of {of}'} are all a little off, {drift:.3g} × the budget"
-    return error, f"its worst row{of and f' of {of}'} errs {error:.3g} × the budget"
-
-
-def _nan(out: torch.Tensor, of: str = "") -> str:
-    rows = out.isnan().any(-1)
-    return f"returned NaN in {int(rows.sum())} of {rows.numel()} rows{of and f' of {of}'}" if bool(rows.any()) else ""
-
-
-def _complaint(out: torch.Tensor | None, original: Inputs, copy: Inputs, layout: str) -> str:
-    if out is not None and (complaint := _nan(out)):
-        return complaint
-    for name, before, after in zip("qkv", original, copy, strict=True):
-        if not torch.equal(before, after.transpose(1, 2) if layout == "bshd" else after):
-            return f"changed its input {name}"
-    return ""
