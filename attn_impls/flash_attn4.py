@@ -1,8 +1,13 @@
 """FlashAttention-4 (CuTe DSL; Hopper and Blackwell). https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute"""
 
+import os
+
 import torch
 
 from attn_impls import Unsupported, Workload, attention
+
+# Read when flash-attn 4 is imported, by whomever. Without it each process compiles every kernel anew, for seconds each.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 @attention(

@@ -41,9 +41,13 @@ def failure_of(problem, kernel, rounds=100, direction="forward", layout="bhsd", 
 
     implementation = Implementation("mine", lambda _: counted, layout=layout, approximate=approximate)
     case = Case(problem.workload, implementation, "cpu", direction)
-    outputs, call = Outputs(case, problem), problem.call(case, counted)
-    measure.run(Rounds(), clock or DeviceClock(FakeGpu()), call, None, rounds, 0, outputs.see)
-    return outputs.failure()
+    call = problem.call(case, counted)
+    outputs = Outputs(case, problem, call)
+    with problem.handing_out(layout):
+        measure.run(Rounds(), clock or DeviceClock(FakeGpu()), call, None, rounds, 0, outputs.see, outputs.turn)
+        said = outputs.failure()
+    assert problem.changed(layout) == ""
+    return said
 
 
 right = broken()(W)
@@ -157,6 +161,58 @@ def test_one_buffer_for_all_outputs_is_seen_through(problem, wrong):
     assert said == "" if wrong is None else f"in 1 of 9 rounds, warm-up included (first: round {wrong}): " in said
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+@pytest.mark.parametrize("kept", ["q", "k", "v"])
+def test_an_input_kept_from_the_round_before_is_found(problem, kept, direction, layout):
+    of_last, left = {}, []
+
+    def kernel(q, k, v, n):
+        tensors = {"q": q, "k": k, "v": v}
+        now, of_last[kept] = tensors[kept], tensors[kept].detach().clone()
+        if n == 6:
+            tensors[kept] = now - now.detach() + left[0]
+        left[:] = [of_last[kept]]
+        return right(*tensors.values())
+
+    assert "in 1 of 9 rounds, warm-up included (first: round 6): " in failure_of(problem, kernel, 9, direction, layout)
+
+
+def test_an_output_left_over_from_the_round_before_is_found(problem):
+    outs = []
+
+    def kernel(q, k, v, n):
+        outs.append(right(q, k, v))
+        return outs[-2] if n in (4, 7) else outs[-1]
+
+    assert "in 2 of 9 rounds, warm-up included (first: round 4): " in failure_of(problem, kernel, 9)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_gradient_left_over_from_the_round_before_is_found(problem, name):
+    before = []
+
+    def stale(gradient, n):
+        before.append(gradient.clone())
+        if n == 5:
+            gradient.copy_(before[-2])
+
+    def kernel(q, k, v, n):
+        inputs = {"q": q, "k": k, "v": v}
+        inputs[name] = Spoilt.apply(inputs[name], partial(stale, n=n))
+        return right(*inputs.values())
+
+    assert "in 1 of 9 rounds, warm-up included (first: round 5): " in failure_of(problem, kernel, 9, "backward")
+
+
+def test_rows_that_see_no_key_are_the_same_in_every_round(monkeypatch):
+    w = Workload.parse("b1-h2-q9kv4-d8-causal-fp32")  # zeros, of either sign
+    judged, judge = [], Problem.timed_error
+    monkeypatch.setattr(Problem, "timed_error", lambda *args: judged.append(args) or judge(*args))
+    assert failure_of(Problem(w, "cpu", 0), lambda q, k, v, _: broken()(w)(q, k, v), 9) == ""
+    assert len(judged) == 1
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("direction", ["backward", "forward+backward"])
@@ -167,7 +223,7 @@ def test_a_gradient_that_is_wrong_once_is_named(problem, direction, layout, name
 
 
 @pytest.mark.parametrize("direction", ["backward", "forward+backward"])
-def test_right_gradients_pass(problem, direction):
+def test_right_beforepass(problem, direction):
     assert failure_of(problem, lambda q, k, v, _: right(q, k, v), 20, direction) == ""
     assert failure_of(problem, unrepeatable, 20, direction) == ""
 
@@ -216,7 +272,7 @@ def test_noise_in_a_gradient_row_near_zero_hides_no_wrong_row(problem):
     assert "in at least 1 of 30 rounds, warm-up included (first: round 18; " in said
 
 
-def test_gradients_are_judged_by_the_heads_that_are_known(monkeypatch):
+def test_beforeare_judged_by_the_heads_that_are_known(monkeypatch):
     monkeypatch.setitem(gradients.MAX_PAIRS, "cpu", W.group * W.q_len * W.kv_len)
     problem = Problem(W, "cpu", 0)
     assert problem.gradient_heads == {"q": [0, 1], "k": [0], "v": [0]}
@@ -260,13 +316,14 @@ def test_one_copy_is_held_beside_the_last_output_and_none_in_the_end(problem):
         return unrepeatable(q, k, v)
 
     case = Case(W, Implementation("mine", lambda _: kernel), "cpu")
-    outputs, call = Outputs(case, problem), problem.call(case, kernel)
+    call = problem.call(case, kernel)
+    outputs = Outputs(case, problem, call)
     problem.timed_error(case, [call()])  # makes the references
     counts.clear()
     gc.collect()
     gc.freeze()  # what is there already need not be looked through each time
     before = tensors()
-    measure.run(Rounds(), DeviceClock(FakeGpu()), call, None, 28, 0, outputs.see)
+    measure.run(Rounds(), DeviceClock(FakeGpu()), call, None, 28, 0, outputs.see, outputs.turn)
     assert outputs.failure() == ""
     assert tensors() == before
     assert counts == 3 * [before] + 27 * [before + 1]  # nothing is kept of the rounds that plan

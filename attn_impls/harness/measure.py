@@ -51,10 +51,12 @@ def run(
     rounds: int | None = None,
     warmup_rounds: int | None = None,
     seen: Callable[[Any], None] | None = None,
+    turn: Callable[[], None] | None = None,
 ) -> Timing:
     """Time `call` in benchmark's rounds, alternating with the baseline: first in even rounds, last in odd ones.
 
     seen: called with the output of each round of `call`, those that warm up included, and after those that plan.
+    turn: called before each of these rounds; may change what `call` works on.
     """
     clock.reset()
     subject, other = Subject(call), Subject(baseline) if baseline else None
@@ -71,6 +73,8 @@ def run(
             clock.sample(other)
 
     def before() -> None:
+        if turn:
+            turn()
         if count % 2 == 0:
             measure_baseline()
         clock.prepare(subject)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backward import Backward
 from .case import Case, CaseFailed, out_of_memory, validate
 from .judge import Problem
 
@@ -16,15 +18,26 @@ MOST_JUDGED = 10  # deviating rounds of a case; beyond that, only those that lie
 class Outputs:
     """The outputs of one case's rounds; `see` takes each after its time was taken, and keeps a copy of the first alone.
 
+    `turn`, before each round, negates q, k, v and dout in place. Scores are bitwise the same then, and the output and the
+    gradients negated: one left over from the round before shows, and so does what a kernel keeps of its inputs.
     A kernel need not repeat itself bitwise (split-K, atomics), so a deviating output is judged by its own rows' budget.
     """
 
-    def __init__(self, case: Case, problem: Problem):
+    def __init__(self, case: Case, problem: Problem, call: Callable[[], Any]):
+        """call: what `problem` gave of the case to be timed."""
         self.case, self.problem = case, problem
+        self._inputs = [*problem.native(case.implementation.layout), *([call.dout] if isinstance(call, Backward) else [])]
+        self._negated = False  # the inputs, and the first output
         self.rounds = self._like_first = self._judged = self._unjudged = 0
         self._first: list[Tensor] = []
         self._farthest: list[float] = []  # of the outputs judged so far, by part
         self._wrong: list[tuple[float, str, int, int]] = []  # error over budget, in words, the round, and how many are like it
+
+    def turn(self) -> None:
+        """Negate the inputs, and what their output is compared with."""
+        for tensor in (*self._inputs, *self._first):
+            tensor.neg_()
+        self._negated = not self._negated
 
     def see(self, out: Any) -> None:
         """Compare the output of a round. Raises CaseFailed where it is none, or where there is no room to compare it."""
@@ -56,7 +69,9 @@ class Outputs:
         self._judge(parts, self.rounds, 1)
 
     def failure(self) -> str:
-        """Why the rounds' outputs are wrong, or "". Judges the first, and lets go of it."""
+        """Why the rounds' outputs are wrong, or "". Judges the first, and lets go of it; the inputs are as before the rounds."""
+        if self._negated:
+            self.turn()
         self._judge(self._first, 1, self._like_first)
         self._first = []
         if not self._wrong:
@@ -71,17 +86,19 @@ class Outputs:
         )
 
     def _judge(self, parts: list[Tensor], number: int, count: int) -> None:
-        error, words = self.problem.timed_error(self.case, parts)
+        error, words = self.problem.timed_error(self.case, [-part for part in parts] if self._negated else parts)
         if error > 1:
             self._wrong.append((error, words, number, count))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are bitwise the same: eight bytes at a time, which takes less time, and less memory on a GPU."""
+    """Whether two tensors are the same: first eight bytes at a time, which takes less time, and less memory on a GPU."""
     try:
-        return torch.equal(one.view(torch.int64), other.view(torch.int64))
+        if torch.equal(one.view(torch.int64), other.view(torch.int64)):
+            return True
     except RuntimeError:  # rows that are no whole number of them, or not contiguous
-        return torch.equal(one, other)
+        pass
+    return torch.equal(one, other)  # zeros of either sign
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:

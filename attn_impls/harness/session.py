@@ -211,11 +211,11 @@ class Session:
         (verdict, build_seconds), answers = self._checked[case], self._probed[name]
         call = problem.call(case, kernel)
         baseline = None if sdpa_is_wrong else self._baseline(case, problem)
-        outputs = Outputs(case, problem)
+        outputs = Outputs(case, problem, call)
         with _nothing_saved_unless_whole(benchmark), problem.handing_out(layout):
             with guard(case, "kernel"):
                 rounds = self.selection.rounds, self.selection.warmup_rounds
-                timing = measure.run(benchmark, self.clock, call, baseline, *rounds, seen=outputs.see)
+                timing = measure.run(benchmark, self.clock, call, baseline, *rounds, outputs.see, outputs.turn)
             wrong = outputs.failure()
             facts: dict[str, Any] = {}
             if benchmark.enabled:
