@@ -42,8 +42,8 @@ def loosened(w: Workload, inputs: Inputs, known: Reference, approximate: bool | 
 def _allowed(w: Workload, inputs: Inputs, known: Reference, declared: Arithmetic) -> tuple[torch.Tensor, float]:
     """The budget of each row [B, H, R] and the drift.
 
-    A row may err by TOLERANCE times the root mean square, or more where one score's error decides: that is a sum over
-    head_dim, so normal, and has no bound. Of N rows that n scores decide, the unluckiest is off by 1 + √(2 ln N / n) times.
+    A row may err by TOLERANCE times the root mean square, or more where few errors decide: each is a sum over head_dim, so
+    normal, and has no bound. Of N rows that n independent errors decide, the unluckiest is off by 1 + √(2 ln N / n) times.
     """
     sigma, deciding, plain = _quantised(w, inputs, known, declared)
     rows = known.norm.numel()
@@ -59,10 +59,11 @@ def _quantised(
     w: Workload, inputs: Inputs, known: Reference, declared: Arithmetic
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """To first order, the root mean square of the error that the arithmetic makes in each row [B, H, R], in the units of
-    out; the number of scores that decide it [B, H, R]; and one plain run in that arithmetic [B, H, R, DV].
+    out; the number of independent errors that decide it [B, H, R]; and one plain run in that arithmetic [B, H, R, DV].
 
     Rounding q and k moves a score by a variance σ², which moves the output by p·σ·(v − out); rounding p and v moves it by
-    their own errors times v and p. Independent errors add in squares.
+    their own errors times v and p. Independent errors add in squares. Of what n scores' errors do, a part of (1/√n + 1/√v_head_dim)²
+    is in one direction, as with random matrices (Marchenko and Pastur), and as if a single error did it.
     """
     q, k, v = (tensor.double() for tensor in inputs)
     of_q, of_k, of_v = _noise(w, q, k, v, declared)
@@ -83,7 +84,8 @@ def _quantised(
         spread = weights.square() * variance
         squares = moved(spread, values, exact[where])
         several = (spread.sum(-1) / spread.amax(-1)).nan_to_num_(1.0)
-        deciding[where] = (several - 1).clamp(1, w.head_dim)  # weights sum to one, so of two scores one difference counts
+        free = (several - 1).clamp(1, w.head_dim)  # weights sum to one, so of two scores one difference counts
+        deciding[where] = (free.rsqrt() + w.v_head_dim**-0.5).pow(-2).clamp(min=1)
         largest = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         of_p = _variance(weights / largest, declared.pv) * largest.square()
         squares += of_group(of_p, values.square().sum(-1, keepdim=True))[..., 0]
