@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plain_attention import attend, right
+from plain_attention import attend, right, scores
 
 from attn_impls import Workload
 from attn_impls.harness import inputs, oracle
@@ -60,15 +60,32 @@ def flash(w, x):
     i = torch.arange(w.q_len)[:, None] + w.offset
     for start in range(0, w.kv_len, 64):
         tile = slice(start, start + 64)
-        scores = q @ k[:, :, tile].mT * w.scale
+        s = q @ k[:, :, tile].mT * w.scale
         if w.softcap:
-            scores = torch.tanh(scores / w.softcap) * w.softcap
+            s = torch.tanh(s / w.softcap) * w.softcap
         if w.causal:
-            scores = scores.masked_fill(~right(w, i, torch.arange(w.kv_len)[tile]), -math.inf)
-        before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
-        weights, shrink = torch.exp(scores - most), torch.exp(before - most)
+            s = s.masked_fill(~right(w, i, torch.arange(w.kv_len)[tile]), -math.inf)
+        before, most = most, torch.maximum(most, s.amax(-1, keepdim=True))
+        weights, shrink = torch.exp(s - most), torch.exp(before - most)
         out, total = out * shrink + weights.to(w.dtype).float() @ v[:, :, tile], total * shrink + weights.sum(-1, keepdim=True)
     return out / total.clamp(min=1e-30)
+
+
+def by_lse(splits):
+    """Weights as exp(score − lse) of each split, whose outputs are merged by their lse."""
+
+    def kernel(w, x):
+        v = x.v.float().repeat_interleave(w.group, 1)
+        found = scores(w, x)
+        outs, lses = [], []
+        for part, values in zip(found.tensor_split(splits, -1), v.tensor_split(splits, -2), strict=True):
+            lses.append(part.logsumexp(-1, keepdim=True).clamp(min=-1e30))
+            outs.append(torch.exp(part - lses[-1]) @ values)
+        shares = torch.exp(torch.stack(lses) - torch.stack(lses).logsumexp(0))
+        blind = ~found.isfinite().any(-1, keepdim=True)
+        return (shares * torch.stack(outs)).sum(0).masked_fill(blind, 0.0)
+
+    return kernel
 
 
 HONEST = {
@@ -79,6 +96,8 @@ HONEST = {
     "head dim summed backwards": lambda w, x: attend(w, x._replace(q=x.q.flip(-1), k=x.k.flip(-1))),
     "rounded weights": rounded_weights,
     "flash": flash,
+    "by its lse": by_lse(1),
+    "splits by their lse": by_lse(5),
 }
 
 

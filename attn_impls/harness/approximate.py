@@ -62,8 +62,8 @@ def _quantised(
     out; the number of independent errors that decide it [B, H, R]; and one plain run in that arithmetic [B, H, R, DV].
 
     Rounding q and k moves a score by a variance σ², which moves the output by p·σ·(v − out); rounding p and v moves it by
-    their own errors times v and p. Independent errors add in squares. Of what n scores' errors do, a part of (1/√n + 1/√v_head_dim)²
-    is in one direction, as with random matrices (Marchenko and Pastur), and as if a single error did it.
+    their own errors times v and p. Independent errors add in squares. Of what n scores' errors do, a part is in one direction
+    and as if a single error did it: (1/√n + 1/√v_head_dim)², as with random matrices (Marchenko and Pastur).
     """
     q, k, v = (tensor.double() for tensor in inputs)
     of_q, of_k, of_v = _noise(w, q, k, v, declared)

@@ -151,19 +151,28 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
 
     With unit roundoff u, a score is off by u·√score_error and a weight p rounded once by u·p/√3 (root mean square); each moves
     the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be lucky; this cannot.
-    In float32 the sum of p·v, too, loses what is `truncated`.
+    In float32 the sum of p·v, too, loses what is `truncated`, and a kernel may take exp(score − lse) for the weights or merge
+    splits so: the lse, rounded twice, is then the row's.
     """
-    shrinks = truncated(w.kv_len) if w.dtype == torch.float32 else 0.0
+    summed = w.dtype == torch.float32
     outs = empty(w, inputs, rows, torch.float64)
     roundings = torch.empty_like(outs[..., 0])
     for where, scores, weights, v in chunks(w, inputs, rows, torch.float64, "scores"):
         out = of_group(weights, v)
         spread = weights.square() * (score_error(w, scores) + 1 / 3)
-        squares = moved(spread, v, out) + out.square().sum(-1) * shrinks**2
+        squares = moved(spread, v, out)
+        if summed:
+            squares += out.square().sum(-1) * (truncated(w.kv_len) ** 2 + _lse(scores, weights).square() * (2 / 3))
         outs[where] = out
         roundings[where] = squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2)
     shape = (w.batch, w.heads, -1)
     return outs.reshape(*shape, w.v_head_dim), roundings.reshape(shape)
+
+
+def _lse(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """log Σ exp(score) of rows [.., Skv], by their largest weight; 0 for a row that sees no key."""
+    largest, where = weights.max(-1, keepdim=True)
+    return torch.where(largest > 0, scores.gather(-1, where) - largest.log(), 0.0)[..., 0]
 
 
 def moved(spread: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
