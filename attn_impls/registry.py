@@ -90,6 +90,11 @@ def in_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return (tensor if layout == "bhsd" else tensor.transpose(1, 2)).contiguous()
 
 
+def as_bhsd(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """A [B, H, S, D] view of a tensor in a layout of LAYOUTS."""
+    return tensor if layout == "bhsd" else tensor.transpose(1, 2)
+
+
 def attention(
     name: str,
     *,

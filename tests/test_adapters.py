@@ -41,7 +41,7 @@ def judged(name, text):
     w = Workload.parse(text)
     case = Case(w, REGISTRY[name], "cpu")
     problem = Problem(w, "cpu", 0)
-    kernel, _ = build(case, problem.plain.as_layout(case.implementation.layout))
+    kernel = build(case, problem.plain.as_layout(case.implementation.layout)).kernel
     return problem.judge(case, kernel)
 
 

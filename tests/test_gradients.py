@@ -259,12 +259,44 @@ def keeping(few):
     return lambda _w: Attention.apply
 
 
+def in_turn(slots):
+    """Attention whose forward passes leave their inputs in some slots in turn, where their backward passes find them."""
+    ring: list[tuple] = [()] * slots
+    passes = 0
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *x):
+            nonlocal passes
+            ctx.slot = passes % slots
+            passes += 1
+            ring[ctx.slot] = x
+            return RIGHT(WORKLOADS[3])(*x)
+
+        @staticmethod
+        def backward(ctx, dout):
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in ring[ctx.slot]]
+                return torch.autograd.grad(RIGHT(WORKLOADS[3])(*leaves), leaves, dout)
+
+    return lambda _w: Attention.apply
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_passes_that_share_a_slot_show_whatever_their_period(slots):
+    w = WORKLOADS[3]
+    build = in_turn(slots)
+    assert Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
+    build = in_turn(12)
+    assert not Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
+
+
 @pytest.mark.parametrize("small", [0, 2**24])
 def test_kernels_that_keep_too_few_passes_are_rejected(monkeypatch, small):
     monkeypatch.setattr(judge, "SMALL_PAIRS", small)
     w = WORKLOADS[3]
     layers = 4 if small else 2
-    for few, right in ((1, False), (2, False), (layers, False), (layers + 1, True)):  # one more: the call without gradients
+    for few, right in ((1, False), (2, False), (layers, False), (layers + 2, True)):  # and two calls without gradients
         build = keeping(few)
         verdict = Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w))
         assert bool(verdict.failure) != right, few

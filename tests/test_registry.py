@@ -81,9 +81,10 @@ def test_a_name_over_a_builder_is_an_implementation():
     assert (mine.dist, mine.version, mine.source) == ("", torch.__version__, __file__)
     assert mine.unavailable("cuda") == mine.unavailable("cpu") == ""
     assert torch.equal(mine(W)(torch.ones(3), None, None), torch.full((3,), 2.0))
-    kernel, seconds = built(mine)
-    assert callable(kernel)
-    assert seconds > 0
+    found = built(mine)
+    assert callable(found.kernel)
+    assert found.seconds > 0
+    assert torch.equal(found.out, inputs.plain(W, "cpu", 0).q * W.heads)
 
 
 def test_a_second_builder_returns_the_lse():
@@ -297,7 +298,7 @@ def test_load_file(tmp_path):
     assert [i.name for i in load_file(path)] == ["one", "two"]
     assert set(REGISTRY) - before == {"one", "two"}
     assert REGISTRY["one"].source == str(path)
-    assert built(REGISTRY["two"])[0](1, 2, 3) == 1
+    assert built(REGISTRY["two"]).kernel(1, 2, 3) == 1
 
 
 def test_two_files_of_one_name(tmp_path):
@@ -348,7 +349,7 @@ def test_entry_points(install):
     assert discover()["plugged"].source.endswith("plug_ok.py")
     first = REGISTRY["plugged"]
     assert discover()["plugged"] is first  # again is harmless
-    assert built(first)[0](1, 2, 3) == 1
+    assert built(first).kernel(1, 2, 3) == 1
 
 
 BAD_PLUGS = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..registry import Kernel, Unsupported, one_line
+from ..registry import Kernel, Unsupported, as_bhsd, one_line
 from .case import Case, CaseFailed, OutOfMemory, guard, release, validate
 from .inputs import Inputs
 
@@ -129,7 +129,8 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
             outs = [call.outs[0] for call in calls]
             before = [out.detach().clone() for out in outs]
             if len(calls) > 1 and len(set(cases)) == 1:
-                _without_gradients(case, calls[0])
+                for call in (calls[-1], calls[0]):  # of other inputs than what came before it, and than what comes next
+                    _without_gradients(case, call)
             for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
                 gradients = call()
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
@@ -152,6 +153,5 @@ def _validated(case: Case, found: Pass, inputs: Inputs) -> Pass:
                 f"{case.implementation.name} returned d{name} {tuple(gradient.shape)} {gradient.dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}"
             )
-    swap = case.implementation.layout == "bshd"
-    out, *of_inputs = (t.transpose(1, 2) if swap else t for t in (found.out, *found.gradients))
+    out, *of_inputs = (as_bhsd(t, case.implementation.layout) for t in (found.out, *found.gradients))
     return found._replace(out=out, gradients=Inputs(*of_inputs))

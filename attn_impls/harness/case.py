@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,8 +74,16 @@ def ungrouped(name: str) -> tuple[str, str]:
     return workload, direction or "forward"
 
 
-def build(case: Case, inputs: Inputs) -> tuple[Kernel, float]:
-    """The case's kernel, and the seconds that the builder and the kernel's first call took (compilation included).
+class Built(NamedTuple):
+    """A case's kernel after its first call."""
+
+    kernel: Kernel
+    seconds: float  # that the builder and that call took, compilation included
+    out: torch.Tensor  # a copy of that call's output, in the kernel's layout
+
+
+def build(case: Case, inputs: Inputs) -> Built:
+    """Build the case's kernel and call it once, on inputs in its layout.
 
     Raises Unsupported where the builder, or that first call, says it cannot do the workload, CaseFailed otherwise.
     """
@@ -84,8 +92,8 @@ def build(case: Case, inputs: Inputs) -> tuple[Kernel, float]:
         kernel = case.implementation(case.workload)
     if not callable(kernel):
         raise CaseFailed(f"{case.implementation.name}: its builder returned {kernel!r}, not a kernel(q, k, v)")
-    call(case, kernel, inputs, first=True)
-    return kernel, time.perf_counter() - started
+    out = call(case, kernel, inputs, first=True)
+    return Built(kernel, time.perf_counter() - started, out.detach().clone())
 
 
 def call(case: Case, kernel: Kernel, inputs: Inputs, first: bool = False) -> torch.Tensor:

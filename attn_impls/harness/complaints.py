@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..registry import as_bhsd
 from .inputs import Inputs
 from .oracle import Reference
 
@@ -31,6 +32,6 @@ def complaint_of(out: torch.Tensor | None, original: Inputs, copy: Inputs, layou
     if out is not None and (complaint := nan_rows(out)):
         return complaint
     for name, before, after in zip("qkv", original, copy, strict=True):
-        if not torch.equal(before, after.transpose(1, 2) if layout == "bshd" else after):
+        if not torch.equal(before, as_bhsd(after, layout)):
             return f"changed its input {name}"
     return ""

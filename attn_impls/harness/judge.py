@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from ..registry import REGISTRY, Kernel, Unsupported, in_layout
+from ..registry import REGISTRY, Kernel, Unsupported, as_bhsd, in_layout
 from ..workload import Workload
 from . import backward, gradients
 from . import inputs as make
@@ -105,7 +106,7 @@ class Problem:
     def _of_sdpa(self, *inputs: Inputs) -> tuple[torch.Tensor, ...] | None:
         case = Case(self.workload, REGISTRY["sdpa"], self.device)
         try:
-            kernel, _ = build(case, inputs[0])
+            kernel = build(case, inputs[0]).kernel
             return tuple(call(case, kernel, x) for x in inputs)
         except DeviceLost:  # SDPA broke it, and not the case that asked
             raise
@@ -165,7 +166,7 @@ class Problem:
         """SDPA's gradients for the needles and the plain inputs; None where it has none."""
         case = Case(self.workload, REGISTRY["sdpa"], self.device, "backward")
         try:
-            kernel, _ = build(case, self.plain)
+            kernel = build(case, self.plain).kernel
             known = zip(self.trained, self.douts, strict=True)
             first, second = (backward.gradients(case, kernel, x, dout, first=True) for x, dout in known)
             return first, second
@@ -174,45 +175,48 @@ class Problem:
         except (Unsupported, CaseFailed):
             return None
 
-    def first_gradients(self, case: Case, kernel: Kernel) -> None:
-        """A kernel's first backward pass, on the plain inputs. Raises Unsupported where it has none, CaseFailed if it raises."""
+    def first_gradients(self, case: Case, kernel: Kernel) -> Inputs:
+        """Of a kernel's first backward pass, on the plain inputs, "bhsd". Raises Unsupported where it has none, CaseFailed if it
+        raises."""
         layout = case.implementation.layout
-        backward.gradients(case, kernel, self.plain.as_layout(layout), as_layout(self.douts[1], layout), first=True)
+        return backward.gradients(case, kernel, self.plain.as_layout(layout), as_layout(self.douts[1], layout), first=True)
 
     @property
     def _small(self) -> bool:
         w = self.workload
         return w.batch * w.heads * w.q_len * w.kv_len <= SMALL_PAIRS
 
-    def judge_gradients(self, case: Case, kernel: Kernel) -> Verdict:
+    def judge_gradients(self, case: Case, kernel: Kernel, first: Inputs | None = None) -> Verdict:
         """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
 
-        Raises CaseFailed if it raises: whether it has a backward pass, a pass before this one has shown.
+        first: what `first_gradients` gave. Raises CaseFailed if it raises: whether it has a backward pass, that has shown.
         """
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")
         layout = case.implementation.layout
         natives = [inputs.as_layout(layout) for inputs in self.trained]
         douts = [as_layout(dout, layout) for dout in self.douts]
-        passes: list[backward.Pass] = []
-        layers = 2 if self._small else 1  # four passes at once, or two: a kernel that keeps the tensors of fewer shows
-        while len(passes) < 4:
+        # four layers at once, or two: a kernel that keeps the tensors of fewer shows; of equal ones in turn it would not
+        layers = [0, 0, 1, 1] if self._small else [0, 1]
+        twice: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # on the needles, on the plain inputs
+        while len(twice[1]) < 2:
             poison(self.workload, self.device)
-            passes += backward.passes(case, kernel, natives * layers, douts * layers)
-        twice = [passes[:2], passes[2:]]
+            passes = backward.passes(case, kernel, [natives[n] for n in layers], [douts[n] for n in layers])
+            for n, one in zip(layers, passes, strict=True):
+                twice[n].append(one)
         found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
         for n, (original, native) in enumerate(zip(self.trained, natives, strict=True)):
             complaint = complaint_of(None, original, native, layout)
             if not complaint and not torch.equal(in_layout(self.douts[n], layout), douts[n]):
                 complaint = "changed dout, its upstream gradient"
-            verdict = self._training_output(self.training_references[n], [one[n] for one in twice], complaint)
+            verdict = self._training_output(self.training_references[n], twice[n], complaint)
             if verdict.failure:
                 return verdict
             for name in "qkv":
                 known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
-                ours, theirs = [getattr(one[n].gradients, name) for one in twice], sdpa and getattr(sdpa, name)
+                ours, theirs = [getattr(one.gradients, name) for one in twice[n]], sdpa and getattr(sdpa, name)
                 found[name].append(self._gradient_verdict(name, known, ours, theirs))
-        return worst_of(found)
+        return self._with_first(worst_of(found), case, first)
 
     def _training_output(self, known: Reference, twice: list[backward.Pass], complaint: str) -> Verdict:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
@@ -242,10 +246,11 @@ class Problem:
             of=f"d{name}",
         )
 
-    def judge(self, case: Case, kernel: Kernel) -> Verdict:
+    def judge(self, case: Case, kernel: Kernel, first: torch.Tensor | None = None) -> Verdict:
         """Run the kernel twice on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if it raises.
 
         Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
+        first: what its first call, on the plain inputs, put out, in its layout.
         """
         approximate, layout = case.implementation.approximate, case.implementation.layout
         errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
@@ -259,8 +264,7 @@ class Problem:
             for _ in range(2):
                 poison(self.workload, self.device)
                 out = call(case, kernel, native)
-                outs.append(out.transpose(1, 2) if layout == "bshd" else out)
-                outs[-1] = outs[-1].clone()  # a kernel may hand out the same buffer again
+                outs.append(as_bhsd(out, layout).clone())  # a kernel may hand out the same buffer again
             repeatable &= torch.equal(*outs)
             complaint = complaint_of(outs[0], original, native, layout)
             if complaint:
@@ -272,12 +276,23 @@ class Problem:
                 apart += [known.apart(out, sdpas[n], exact) for out in outs]
                 sdpa_errors.append(exact.over_budget(sdpas[n]))
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
-        return Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
+        verdict = Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
+        return self._with_first(verdict, case, None if first is None else [as_bhsd(first, layout)])
+
+    def _with_first(self, verdict: Verdict, case: Case, first: Sequence[torch.Tensor] | None) -> Verdict:
+        """A verdict on later calls, and on the first one's output, or dq, dk and dv."""
+        if first is None or verdict.failure:
+            return verdict
+        error, words = self._worst(case, first)
+        alone = f"differs from the float64 oracle in its first {'call' if case.direction == 'forward' else 'backward pass'} alone"
+        return replace(verdict, complaint=f"{alone}: {words}") if error > 1 else verdict
 
     def timed_error(self, case: Case, parts: Sequence[torch.Tensor]) -> tuple[float, str]:
         """How wrong a timed call's output, or dq, dk and dv, is: the worst row's share of its budget, and that in words."""
-        if case.implementation.layout == "bshd":
-            parts = [part.transpose(1, 2) for part in parts]
+        return self._worst(case, [as_bhsd(part, case.implementation.layout) for part in parts])
+
+    def _worst(self, case: Case, parts: Sequence[torch.Tensor]) -> tuple[float, str]:
+        """The same of parts that are "bhsd"."""
         if case.direction == "forward":
             return worst_row(parts[0], parts[0], self.known(case.implementation.approximate)[1], "")
         known, heads = self.gradient_references[1], self.gradient_heads

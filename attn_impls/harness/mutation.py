@@ -107,7 +107,7 @@ class Bench:
 
     def _built(self, case: Case) -> Kernel:
         """The case's kernel, after its first call. Raises Unsupported where it cannot do this."""
-        return build(case, self.problem.plain.as_layout(case.implementation.layout))[0]
+        return build(case, self.problem.plain.as_layout(case.implementation.layout)).kernel
 
     @cached_property
     def plain_run(self) -> Tensor:

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..registry import Unsupported, in_layout
+from ..registry import Unsupported, as_bhsd
 from ..workload import Workload
 from . import backward, gradients
 from .case import Case, build, call, guard
@@ -33,9 +33,9 @@ class Closed:
         w, layout = case.workload, case.implementation.layout
         q, k, v, right = self.ask(w)
         inputs = Inputs(*(t.to(w.dtype).to(case.device) for t in (q, k, v))).as_layout(layout)
-        kernel, _ = build(case, inputs)
+        kernel = build(case, inputs).kernel
         out = call(case, kernel, inputs)
-        out = (out.transpose(1, 2) if layout == "bshd" else out).double().cpu()
+        out = as_bhsd(out, layout).double().cpu()
         unit = APPROXIMATE if case.implementation.approximate else 2 * torch.finfo(w.dtype).eps
         wrong = ~((out - right).abs() <= unit * (right.abs() + 0.1))  # NaN is wrong
         if not bool(wrong.any()):
@@ -52,13 +52,13 @@ class Trial:
         self.x, self.dout = plain(case.workload, case.device, 0), gradients.upstream(case.workload, case.device, 0)
         self.native, self.native_dout = self.x.as_layout(self.layout), as_layout(self.dout, self.layout)
         self.right = attend(case.workload, self.x, None, torch.float64)
-        self.kernel, _ = build(case, self.native)
+        self.kernel = build(case, self.native).kernel
 
     def output(self) -> str:
         """What is off of its output, "" if nothing."""
         out = call(self.case, self.kernel, self.native)
         unit = CONFUSED if self.case.implementation.approximate else None
-        return _off([self.right], [in_layout(out, self.layout)], ["its output"], unit)
+        return _off([self.right], [as_bhsd(out, self.layout)], ["its output"], unit)
 
     @cached_property
     def right_gradients(self) -> list[Tensor]:
@@ -84,7 +84,7 @@ class Trial:
             if self.case.device == "cuda":
                 torch.cuda.synchronize()
         right = [one for name, one in zip("qkv", self.right_gradients, strict=True) if name in wanted]
-        off = _off(right, [in_layout(one, self.layout) for one in found], [f"d{name}" for name in wanted])
+        off = _off(right, [as_bhsd(one, self.layout) for one in found], [f"d{name}" for name in wanted])
         return off and f"{off} where only {' and '.join(wanted)} may have gradients"
 
 
@@ -117,7 +117,7 @@ def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
 
 
 def _of_some(trial: Trial) -> str:
-    for wanted in ("q", "kv", "v"):
+    for wanted in ("q", "k", "v", "qk", "qv", "kv"):
         if off := trial.some(wanted):
             return off
     found = trial.gradients(torch.zeros_like(trial.native_dout))
@@ -136,7 +136,7 @@ def of_a_view(case: Case) -> str:
     dout = trial.native_dout
     views = {
         "is one value, expanded": torch.ones_like(dout[:1, :1, :1, :1]).expand_as(dout),
-        "is a part of a wider tensor": torch.cat([dout, dout], -1)[..., : dout.shape[-1]],
+        "is a part of a wider tensor": torch.cat([dout, dout], -1)[..., dout.shape[-1] :],
         "is a view of another layout": transposed_in_memory(dout),
     }
     for what, view in views.items():

@@ -174,15 +174,15 @@ class Session:
         if case.direction != "forward" and not case.implementation.backward:
             raise Unsupported("forward only")
         inputs = problem.plain.as_layout(case.implementation.layout)
-        kernel, build_seconds = build(case, inputs)
+        kernel, build_seconds, out = build(case, inputs)
         if case not in self._checked:
             started = time.perf_counter()
             if case.direction == "forward":
-                verdict = problem.judge(case, kernel)
+                verdict = problem.judge(case, kernel, out)
             else:
-                problem.first_gradients(case, kernel)
+                first = problem.first_gradients(case, kernel)
                 build_seconds += time.perf_counter() - started
-                verdict = problem.judge_gradients(case, kernel)
+                verdict = problem.judge_gradients(case, kernel, first)
             self._checked[case] = verdict, build_seconds
         return kernel
 

@@ -166,7 +166,7 @@ class Spreads:
         def alone() -> Kernel | None:
             self._alone_missing = ""
             try:
-                return build(case, problem.plain.as_layout(case.implementation.layout))[0]
+                return build(case, problem.plain.as_layout(case.implementation.layout)).kernel
             except (OutOfMemory, Unsupported) as error:  # the parts may still run
                 self._alone_missing = str(error).partition("\n")[0]
                 return None
