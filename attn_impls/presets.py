@@ -119,7 +119,7 @@ COMBINATIONS = {
         "heads in sevens, as one model has them, in a batch of five, and one key more than a tile",
     ),
     "adversarial-cross": (
-        "b4-h3-q150kv77-d72-bf16",
+        "b4-h9kv3-q150kv77-d72-bf16",
         "more queries than keys and no mask, an odd number of heads, at a head dim that is padded",
     ),
     "adversarial-aligned-queries": (
@@ -135,8 +135,8 @@ COMBINATIONS = {
         "everything in whole tiles, the window too, so that tiles are skipped at its edge; all heads on one KV head",
     ),
     "adversarial-wide-window": (
-        "b1-h4-s400-d64-causal-win200-bf16",
-        "a window of several tiles, whose far edge moves through those of all queries but the first",
+        "b1-h4-s400-d64-causal-win130-bf16",
+        "a window of two keys more than tiles, whose far edge moves through those of all queries but the first",
     ),
     "adversarial-aligned-decode": (
         "b1-h18kv2-q1kv256-d128-bf16",
@@ -155,17 +155,72 @@ COMBINATIONS = {
         "fewer queries and keys than any tile, or step of one, has",
     ),
     "adversarial-far": (
-        "b1-h4kv2-q64kv1100-d64-causal-bf16",
-        "queries in one tile, far behind the first keys and not at a tile's border",
+        "b1-h4kv2-q150kv1175-d64-causal-bf16",
+        "queries far behind the first keys, one past a tile's border",
     ),
     "adversarial-cap": (
         "b1-h4kv2-s130-d256-causal-cap50-scale64-bf16",
         "the largest head dim that most kernels have, with softcap and scale, in prefill and without a window",
     ),
+    "adversarial-local": (
+        "b1-h4kv2-s140-d256-causal-win127-cap50-bf16",
+        "the same with a window, one key short of tiles",
+    ),
+    "adversarial-few": (
+        "b3-h8kv2-q7kv150-d64-bf16",
+        "few queries without a mask, which would hide the last keys from some",
+    ),
+    "adversarial-cross-decode": (
+        "b3-h5-q1kv350-d64-scale50-bf16",
+        "one query without a mask, heads with keys of their own, and a scale of its own",
+    ),
+    "adversarial-mla-decode": (
+        "b2-h20kv1-q1kv333-d192v128-causal-bf16",
+        "one query, values shorter than keys, and more heads on one KV head than a tile of the least height has rows",
+    ),
+    "adversarial-many": (
+        "b9-h34kv17-s33-d64-causal-bf16",
+        "more batches and heads than small tables and masks of bits have",
+    ),
+    "adversarial-long": (
+        "b1-h2kv1-s600-d128-causal-scale144-bf16",
+        "more tiles than a pipeline has stages, of queries and of keys, at the usual head dim",
+    ),
+    "adversarial-long-cross": (
+        "b1-h2-q70kv600-d64-bf16",
+        "more tiles of keys than a pipeline has stages, without a mask",
+    ),
+    "adversarial-single-options": (
+        "b2-h3-q70kv100-d64-causal-win37-cap20-fp32",
+        "options in float32, which some kernels leave to other code",
+    ),
     "adversarial-single": (
         "b1-h6kv2-s197-d128-fp32",
         "what is written for float32 alone",
     ),
+}
+# with these, any two of dtype, mask, softcap, scale, sharing of heads, lengths, head dims and batch occur together
+COMBINATIONS |= {
+    f"adversarial-mixed-{number}": (text, "two conditions at once that the named ones lack")
+    for number, text in enumerate(
+        (
+            "b1-h14kv2-q5kv45-d40v24-cap20-scale50-fp16",
+            "b1-h12kv2-q100kv64-d160v192-causal-win37-cap20-scale96-fp32",
+            "b2-h4kv1-q3kv530-d80v96-causal-cap20-scale50-fp32",
+            "b2-h3-s79-d32v64-causal-win18-cap20-scale50-fp16",
+            "b2-h2-q70kv50-d128v64-causal-win19-cap20-scale96-fp32",
+            "b2-h2kv1-q530kv516-d144v64-scale96-fp16",
+            "b1-h5-q1kv192-d96v64-causal-win65-cap20-fp16",
+            "b1-h6kv2-q1kv128-d48v80-causal-fp32",
+            "b1-h4kv1-q20kv60-d64v96-causal-win21-cap20-fp16",
+            "b1-h3-q7kv128-d64v40-causal-cap20-fp32",
+            "b2-h14kv2-q40kv600-d40v64-causal-win130-fp32",
+            "b1-h3-q9kv50-d192v128-causal-win20-scale96-fp32",
+            "b3-h9kv3-s47-d96v80-cap20-fp16",
+            "b1-h6kv3-q12kv515-d128v160-causal-win100-fp32",
+        ),
+        1,
+    )
 }
 PRESETS |= COMBINATIONS
 # a size that overflows, and so never in a default set

@@ -1,5 +1,6 @@
 """The named presets, and the rule that makes CPU-sized workloads of them."""
 
+import itertools
 import re
 
 import pytest
@@ -37,14 +38,7 @@ def test_defaults_exist_and_have_both_masks():
 
 def test_combinations_are_what_their_comments_say():
     of = {name.removeprefix("adversarial-"): preset(name) for name in COMBINATIONS}
-    for name, w in of.items():
-        assert (w.kv_len % 64 == 0) == (name in {"aligned-keys", "aligned-window", "aligned-decode"})
-        assert (w.q_len > w.kv_len) == (name in {"blind", "cross", "aligned-queries"})
-        assert (w.q_len == w.kv_len) == (name in {"group", "aligned-window", "wide-window", "cap", "single"})
-        assert (w.group == 1) == (name in {"cross", "aligned-queries", "wide-window", "short"})
-        assert (not w.causal) == (name in {"ragged", "value-dim", "cross", "aligned-queries", "aligned-decode", "single"})
-        assert (w.dtype != torch.bfloat16) == (name in {"aligned-keys", "single"})
-        assert w.q_len * w.kv_len <= 160000  # full size on a CPU
+    assert all(w.batch * w.heads * w.q_len * w.kv_len <= 2e6 for w in of.values())  # full size on a CPU
     offset, ragged, window, options, decode, split, blind, value_dim, mla, group, cross = list(of.values())[:11]
     assert offset.batch == ragged.batch == options.batch == 3
     assert offset.group == ragged.group == options.group == 3
@@ -78,14 +72,48 @@ def test_combinations_are_what_their_comments_say():
     assert (of["page"].q_len, of["page"].kv_len % 64, of["page"].window, bool(of["page"].softcap)) == (1, 1, 0, True)
     assert of["short"].q_len == 1
     assert of["short"].kv_len < 64
-    assert of["far"].q_len == 64
-    assert of["far"].offset % 64 != 0
+    assert of["far"].offset % 128 == 1
+    assert of["local"].window % 128 == 127
+    assert of["wide-window"].window % 128 == 2
+    assert (of["local"].head_dim, of["few"].causal, of["few"].q_len, of["cross-decode"].causal) == (256, False, 7, False)
+    assert of["mla-decode"].group > 16
+    assert (of["many"].batch > 8, of["many"].heads > 32) == (True, True)
+    assert min(of["long"].q_len, of["long"].kv_len, of["long-cross"].kv_len) > 512
+    assert (of["single-options"].dtype, bool(of["single-options"].softcap)) == (torch.float32, True)
     assert (of["cap"].head_dim, of["cap"].window, bool(of["cap"].softcap)) == (256, 0, True)
     assert of["single"].dtype == torch.float32
     assert blind.head_dim not in (32, 64)
     assert value_dim.v_head_dim > value_dim.head_dim
     assert value_dim.group == 5
     assert (mla.head_dim, mla.v_head_dim) == (192, 128)
+
+
+def conditions(w):
+    """What code branches on, each as one of a few kinds."""
+    length = "one" if w.q_len == 1 else "few" if w.q_len <= 16 else "fewer than keys"
+    dims = {w.head_dim < 64: "below 64", w.head_dim == 64: "64", 64 < w.head_dim < 128: "between", w.head_dim == 128: "128"}
+    return {
+        "dtype": str(w.dtype),
+        "mask": "window" if w.window else "causal" if w.causal else "full",
+        "softcap": w.softcap > 0,
+        "scale": w.scale_dim != w.head_dim,
+        "heads": "own" if w.group == 1 else "one" if w.kv_heads == 1 else "large groups" if w.group > 5 else "groups",
+        "queries": "as keys" if w.q_len == w.kv_len else "more than keys" if w.q_len > w.kv_len else length,
+        "keys": "less than a tile" if w.kv_len < 64 else "whole tiles" if w.kv_len % 64 == 0 else w.kv_len > 512,
+        "head dim": dims.get(True, "above 128"),
+        "values": (w.v_head_dim > w.head_dim) - (w.v_head_dim < w.head_dim),
+        "batch": w.batch > 1,
+    }
+
+
+def test_any_two_conditions_occur_together():
+    found = [conditions(preset(name)) for name in COMBINATIONS]
+    kinds = {name: {one[name] for one in found} for name in found[0]}
+    assert [len(kinds[name]) for name in kinds] == [3, 3, 2, 2, 4, 5, 4, 5, 3, 2]
+    together = {frozenset(pair) for one in found for pair in itertools.combinations(one.items(), 2)}
+    for (first, some), (second, others) in itertools.combinations(kinds.items(), 2):
+        missing = {(x, y) for x in some for y in others if frozenset({(first, x), (second, y)}) not in together}
+        assert not missing, (first, second)
 
 
 def test_the_large_preset_overflows():
