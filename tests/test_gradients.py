@@ -1,7 +1,7 @@
 """The judge of gradients: the exact answer by autograd, its budget, its samples, and the verdicts built on it."""
 
 import weakref
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from attn_impls.harness.gradient_mutants import GRADIENT_MUTANTS
 from attn_impls.harness.inputs import Inputs, needles, plain
 from attn_impls.harness.judge import Problem
 from attn_impls.harness.mutation import WORKLOADS, GradientBench
+from attn_impls.harness.steps import Steps
 from attn_impls.registry import REGISTRY, Implementation, discover
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,6 +48,32 @@ def test_the_reference_is_autograds(w, make, monkeypatch):
     for known in (whole, gradients.reference(w, x, dout)):
         for name, right in zip("qkv", by_autograd(w, x, dout), strict=True):
             torch.testing.assert_close(known[name].out, right, rtol=1e-9, atol=1e-9 * float(right.abs().max()))
+
+
+class ByLse(torch.autograd.Function):
+    """Attention whose weights, forward and backward, are exp(score − lse) in float32."""
+
+    STEPS = {"weights": lambda _w, scores: torch.exp(scores - scores.logsumexp(-1, keepdim=True).clamp(min=-1e30))}
+
+    @staticmethod
+    def forward(ctx, w, *x):
+        ctx.w, out = w, Steps(**ByLse.STEPS)(w, *x)
+        ctx.save_for_backward(*x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None, *BackwardSteps(**ByLse.STEPS)(ctx.w, *ctx.saved_tensors, dout)
+
+
+@pytest.mark.parametrize("w", [w.replace(dtype=torch.float32) for w in WORKLOADS], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_weights_by_the_lse_are_within_what_float32_excuses(w, seed):
+    kernel = partial(ByLse.apply, w)
+    problem = Problem(w, "cpu", seed)
+    verdict = problem.judge_gradients(case_of(lambda _: kernel, w), kernel)
+    assert not verdict.failure
+    assert not problem.judge(Case(w, Implementation("mine", lambda _: kernel), "cpu"), kernel).failure
 
 
 def test_a_sample_of_kv_heads_equals_the_whole(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..workload import Workload
 from .inputs import Inputs
-from .oracle import PLAIN, TOLERANCE, Reference, budgeted, score_error
+from .oracle import PLAIN, TOLERANCE, Reference, budgeted, lse, score_error
 
 # Of the honest error, as TOLERANCE for outputs: a backward pass makes five products for two, and many kernels round dk and dv
 # after each block of queries or each head of a group.
@@ -131,6 +131,8 @@ def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tu
         ds = x.p * (dp - products.sum(-1, keepdim=True))
         relative = times * score_error(w, x.scores) + 1 / 3
         delta = products.square().sum(-1, keepdim=True) + in_dp / 3  # [n, r, 1]; δ is a sum of v_head_dim products too
+        if summed:  # the output that exp(score − lse) gave is off by the rounding of the lse, as in `oracle`
+            delta += (products.sum(-1) * lse(x.scores, x.p)).square()[..., None] * (2 / 3)
         in_ds = ds.square() * (relative + 1 / 3) + x.p.square() * ((dp.square() + in_dp) / 3 + delta)
         slope: Any = 1.0
         if x.slope is not None:  # 1 − tanh², of a tanh that was rounded: off by 2·tanh² of its two roundings, and rounded itself

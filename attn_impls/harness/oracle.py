@@ -162,14 +162,14 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
         spread = weights.square() * (score_error(w, scores) + 1 / 3)
         squares = moved(spread, v, out)
         if summed:
-            squares += out.square().sum(-1) * (truncated(w.kv_len) ** 2 + _lse(scores, weights).square() * (2 / 3))
+            squares += out.square().sum(-1) * (truncated(w.kv_len) ** 2 + lse(scores, weights).square() * (2 / 3))
         outs[where] = out
         roundings[where] = squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2)
     shape = (w.batch, w.heads, -1)
     return outs.reshape(*shape, w.v_head_dim), roundings.reshape(shape)
 
 
-def _lse(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def lse(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log Σ exp(score) of rows [.., Skv], by their largest weight; 0 for a row that sees no key."""
     largest, where = weights.max(-1, keepdim=True)
     return torch.where(largest > 0, scores.gather(-1, where) - largest.log(), 0.0)[..., 0]

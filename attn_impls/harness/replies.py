@@ -136,7 +136,7 @@ def of_a_view(case: Case) -> str:
     dout = trial.native_dout
     views = {
         "is one value, expanded": torch.ones_like(dout[:1, :1, :1, :1]).expand_as(dout),
-        "is a part of a wider tensor": torch.cat([dout, dout], -1)[..., dout.shape[-1] :],
+        "is a part of a wider tensor": torch.cat([2 * dout, dout], -1)[..., dout.shape[-1] :],
         "is a view of another layout": transposed_in_memory(dout),
     }
     for what, view in views.items():
