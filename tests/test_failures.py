@@ -73,6 +73,10 @@ WRONG_KERNELS = {
         "last_or_this(right(w)(q, k, v))",
         "differs from the float64 oracle in 4 of 4 rounds, warm-up included (first: round 1): its worst row errs ",
     ),
+    "changes_settings": (
+        "(right(w)(q, k, v), torch.set_grad_enabled(False))[0]",
+        "changed whether gradients are recorded (True → False) for everybody in its kernel: set it back there",
+    ),
     "wrong_at_first": (
         "seen.add(w) or q * 0 if w not in seen else right(w)(q, k, v)",
         "differs from the float64 oracle in its first call alone: its worst row errs ",
@@ -103,6 +107,10 @@ WRONG_BUILDERS = {
     "builds_nothing": ("None", "its builder returned None"),
     "builder_raises": ("must(ZeroDivisionError('bang'))", "raised in its builder: ZeroDivisionError: bang"),
     "builder_out_of_memory": ("must(torch.OutOfMemoryError('no room'))", "ran out of memory in its builder"),
+    "builder_changes_settings": (
+        "(torch.set_num_threads(torch.get_num_threads() + 1), right(w))[1]",
+        "changed the number of threads (1 → 2) for everybody in its builder",
+    ),
     "builder_exits": ("sys.exit('bye')", "raised in its builder: SystemExit: bye"),
     "builder_imports": ("__import__('a_library_that_nobody_has')", "raised in its builder: ModuleNotFoundError"),
 }

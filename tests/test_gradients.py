@@ -356,6 +356,21 @@ def test_a_call_without_gradients_leaves_a_backward_pass_alone():
     assert "differs in d" in Problem(w, "cpu", 0).judge_gradients(case_of(lambda _w: kernel, w), kernel).failure
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_that_a_later_backward_pass_overwrites_are_told(name):
+    """As they are where a backward pass returns its workspace."""
+    w, buffers = WORKLOADS[3].replace(dtype=torch.float32), {}
+
+    def in_one_buffer(_w, *gradients):
+        found = dict(zip("qkv", gradients, strict=True))
+        found[name] = buffers.setdefault(name, torch.empty_like(found[name])).copy_(found[name])
+        return tuple(found.values())
+
+    kernel = broken(after=in_one_buffer)(w)
+    verdict = Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: kernel, w), kernel)
+    assert verdict.failure == "overwrote the gradients of one backward pass in another"
+
+
 def test_queries_that_see_one_key_have_no_gradients_to_speak_of():
     w = Workload.parse("b1-h2-q64kv1-d64-causal-fp32")
     for seed in (0, 802):

@@ -119,6 +119,7 @@ def _without_gradients(case: Case, call: Backward) -> None:
 def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> list[Pass]:
     case = cases[0]
     found: list[Pass] = []
+    given: list[Inputs] = []  # the gradients themselves, which whoever takes them may keep
     with guard(case, "backward pass", allowed=first):
         try:
             for of, call in zip(cases, calls, strict=True):
@@ -134,7 +135,11 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
             for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
                 gradients = call()
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
+                given.insert(0, gradients)
                 found.insert(0, Pass(copy, Inputs(*(gradient.clone() for gradient in gradients)), complaint))
+            for n, gradients in enumerate(given):
+                if not all(map(_same, gradients, found[n].gradients)):
+                    found[n] = found[n]._replace(complaint="overwrote the gradients of one backward pass in another")
         except Unsupported:
             raise
         except Exception as error:
@@ -144,6 +149,10 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
         if case.device == "cuda":
             torch.cuda.synchronize()
     return [_validated(*one) for one in zip(cases, found, (call.leaves for call in calls), strict=True)]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _validated(case: Case, found: Pass, inputs: Inputs) -> Pass:

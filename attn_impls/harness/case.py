@@ -17,6 +17,7 @@ import torch
 
 from ..registry import Implementation, Kernel, Unsupported, one_line
 from ..workload import Workload
+from . import settings
 from .inputs import Inputs
 
 HARNESS = Path(__file__).parent
@@ -134,9 +135,16 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 @contextlib.contextmanager
 def guard(case: Case, stage: str, allowed: bool = False) -> Iterator[None]:
-    """Turn an exception of the implementation into CaseFailed, with its memory freed. allowed: Unsupported passes."""
+    """Turn an exception of the implementation into CaseFailed, with its memory freed, and so a setting of torch's that it leaves
+    changed. allowed: Unsupported passes."""
+    before = settings.current()
     try:
-        yield
+        try:
+            yield
+        finally:
+            changed = settings.restore(before)
+        if changed:
+            raise CaseFailed(f"{case.implementation.name} changed {changed} for everybody in its {stage}: set it back there")
     except CaseFailed:
         raise
     except Unsupported as error:

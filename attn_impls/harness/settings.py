@@ -1,0 +1,72 @@
+"""Torch's global settings: an implementation that leaves one changed changes what everybody else is timed and judged with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+cuda = torch.backends.cuda
+
+
+class Precision(NamedTuple):
+    """Of float32 matmuls: by the older call, None once the newer one is mixed in; by the newer one, on GPUs and on CPUs."""
+
+    older: str | None
+    newer: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.older or "/".join(self.newer)
+
+
+def _backends() -> list[Any]:
+    """What the newer call sets, of torch 2.9 and later."""
+    return [m for m in (cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if hasattr(m, "fp32_precision")]
+
+
+def _precision() -> Precision:
+    newer = tuple(backend.fp32_precision for backend in _backends())
+    try:
+        return Precision(torch.get_float32_matmul_precision(), newer)
+    except RuntimeError:
+        return Precision(None, newer)
+
+
+def _set_precision(before: Precision) -> None:
+    if before.older:
+        torch.set_float32_matmul_precision(before.older)
+    for backend, precision in zip(_backends(), before.newer, strict=True):
+        backend.fp32_precision = precision
+
+
+class Setting(NamedTuple):
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+
+SETTINGS = {
+    "whether gradients are recorded": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
+    "the default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
+    "the precision of float32 matmuls": Setting(_precision, _set_precision),
+    "whether algorithms are deterministic": Setting(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    ),
+    "the number of threads": Setting(torch.get_num_threads, torch.set_num_threads),
+    "SDPA's flash backend": Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    "SDPA's memory-efficient backend": Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    "SDPA's math backend": Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    "SDPA's cuDNN backend": Setting(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+}
+
+
+def current() -> dict[str, Any]:
+    return {name: setting.read() for name, setting in SETTINGS.items()}
+
+
+def restore(before: dict[str, Any]) -> str:
+    """Set what has changed back; the first such change in words, "" if there is none."""
+    changes = {name: value for name, value in current().items() if value != before[name]}
+    for name in changes:
+        SETTINGS[name].write(before[name])
+    return next((f"{name} ({before[name]} → {value})" for name, value in changes.items()), "")
