@@ -28,6 +28,8 @@ FILES = {
     "layout.py": "from attn_impls import attention\n\n@attention('mine', layout='sbhd')\ndef mine(w): ...\n",
     "library.py": "from attn_impls import attention\n\n"
     "@attention('absent', dist='no-such-dist', install='pip install no-such-dist')\ndef absent(w): ...\n",
+    "settings.py": "import torch\ntorch.set_num_threads(torch.get_num_threads() + 1)\n\n"
+    "from attn_impls import attention\n\n@attention('set')\ndef set_(w): ...\n",
     "good.py": "from attn_impls import attention\nfrom torch.nn.functional import scaled_dot_product_attention as f\n\n"
     "@attention('mine')\ndef mine(w):\n    return lambda q, k, v: f(q, k, v, is_causal=w.causal)\n",
 }
@@ -75,6 +77,7 @@ USAGE_ERRORS = {
     "file exits": ("--impl ./exits.py", "exits.py'", "does not import", "SystemExit"),
     "file registers nothing": ("--impl ./empty.py", "empty.py'", "registers nothing", "@attention"),
     "file takes a known name": ("--impl ./twice.py", "twice.py'", "'sdpa' is registered twice"),
+    "file changes settings": ("--impl ./settings.py", "settings.py'", "number of threads", "for all", "in a call"),
     "file with a layout unknown": ("--impl ./layout.py", "layout.py'", "'sbhd'", "bhsd, bshd"),
     "rounds 0": ("--rounds 0", "--rounds '0'", "above 0"),
     "rounds no number": ("--rounds many", "--rounds 'many'", "above 0"),

@@ -17,6 +17,7 @@ from ..parallel import STRATEGIES, Form
 from ..presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
 from ..registry import REGISTRY, Implementation, discover, load_file
 from ..workload import DIRECTIONS, DTYPES, Workload
+from . import settings
 from .environment import device_bytes
 
 # option: the field of Workload it overrides
@@ -113,7 +114,12 @@ def _implementations(chosen: list[str], required: list[str]) -> list[Implementat
     selected: dict[str, Implementation] = {}
     for word in chosen:
         if word.endswith(".py") or "/" in word:
+            before = settings.current()
             selected.update((i.name, i) for i in load_file(word))
+            if changed := settings.restore(before):
+                raise ValueError(
+                    f"--impl {word!r} changes {changed} for everybody when imported: set it, and set it back, in a call"
+                )
         else:
             selected[word] = _known(word, "--impl")
     if not chosen:
