@@ -87,7 +87,7 @@ COMBINATIONS = {
         "lengths like those of adversarial-offset without a mask, which would hide the last tile's padding from most queries",
     ),
     "adversarial-window": (
-        "b2-h8kv2-q4kv133-d64-causal-win66-bf16",
+        "b2-h8kv2-q8kv131-d64-causal-win66-bf16",
         "a window that ends inside a tile and at its border, and few queries, as in speculative decoding",
     ),
     "adversarial-all-options": (
@@ -155,7 +155,7 @@ COMBINATIONS = {
         "fewer queries and keys than any tile, or step of one, has",
     ),
     "adversarial-far": (
-        "b1-h4kv2-q150kv1175-d64-causal-bf16",
+        "b1-h4kv1-q150kv1175-d64-causal-bf16",
         "queries far behind the first keys, one past a tile's border",
     ),
     "adversarial-cap": (
@@ -167,8 +167,8 @@ COMBINATIONS = {
         "the same with a window, one key short of tiles",
     ),
     "adversarial-few": (
-        "b3-h8kv2-q7kv150-d64-bf16",
-        "few queries without a mask, which would hide the last keys from some",
+        "b3-h8kv2-q7kv150-d256-bf16",
+        "few queries without a mask, which would hide the last keys from some, at the largest head dim",
     ),
     "adversarial-cross-decode": (
         "b3-h5-q1kv350-d64-scale50-bf16",
@@ -187,8 +187,8 @@ COMBINATIONS = {
         "more tiles than a pipeline has stages, of queries and of keys, at the usual head dim",
     ),
     "adversarial-long-cross": (
-        "b1-h2-q70kv600-d64-bf16",
-        "more tiles of keys than a pipeline has stages, without a mask",
+        "b3-h1-q300kv600-d64-bf16",
+        "more tiles of keys than a pipeline has stages, without a mask, and one head",
     ),
     "adversarial-single-options": (
         "b2-h3-q70kv100-d64-causal-win37-cap20-fp32",
@@ -204,19 +204,19 @@ COMBINATIONS |= {
     f"adversarial-mixed-{number}": (text, "two conditions at once that the named ones lack")
     for number, text in enumerate(
         (
-            "b1-h14kv2-q5kv45-d40v24-cap20-scale50-fp16",
+            "b1-h14kv2-q10kv45-d40v24-cap20-scale50-fp16",
             "b1-h12kv2-q100kv64-d160v192-causal-win37-cap20-scale96-fp32",
             "b2-h4kv1-q3kv530-d80v96-causal-cap20-scale50-fp32",
             "b2-h3-s79-d32v64-causal-win18-cap20-scale50-fp16",
             "b2-h2-q70kv50-d128v64-causal-win19-cap20-scale96-fp32",
             "b2-h2kv1-q530kv516-d144v64-scale96-fp16",
             "b1-h5-q1kv192-d96v64-causal-win65-cap20-fp16",
-            "b1-h6kv2-q1kv128-d48v80-causal-fp32",
+            "b1-h6kv2-q1kv128-d44v80-causal-fp32",
             "b1-h4kv1-q20kv60-d64v96-causal-win21-cap20-fp16",
-            "b1-h3-q7kv128-d64v40-causal-cap20-fp32",
+            "b1-h3-q7kv128-d64v40-causal-cap1.5-fp32",
             "b2-h14kv2-q40kv600-d40v64-causal-win130-fp32",
             "b1-h3-q9kv50-d192v128-causal-win20-scale96-fp32",
-            "b3-h9kv3-s47-d96v80-cap20-fp16",
+            "b3-h9kv3-s7-d96v80-cap20-fp16",
             "b1-h6kv3-q12kv515-d128v160-causal-win100-fp32",
         ),
         1,

@@ -61,6 +61,7 @@ WRONG_KERNELS = {
     "shape": ("right(w)(q, k, v)[:, :, 1:]", "returned shape (1, 2, 3"),
     "dtype": ("right(w)(q, k, v).double()", "returned dtype torch.float64, expected torch.float32"),
     "device": ("right(w)(q, k, v).to('meta')", "returned device meta, expected cpu"),
+    "sparse": ("right(w)(q, k, v).to_sparse()", "returned a tensor of torch.sparse_coo, expected a dense one"),
     "pair": ("(right(w)(q, k, v), None)", "returned tuple, not a tensor"),
     "nothing": ("None", "returned NoneType, not a tensor"),
     "mutates": ("(right(w)(q, k, v), k.zero_())[0]", "changed its input k"),

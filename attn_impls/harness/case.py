@@ -115,6 +115,8 @@ def validate(case: Case, out: object) -> None:
     name, w = case.implementation.name, case.workload
     if not isinstance(out, torch.Tensor):
         raise CaseFailed(f"{name} returned {type(out).__name__}, not a tensor")
+    if out.layout != torch.strided:
+        raise CaseFailed(f"{name} returned a tensor of {out.layout}, expected a dense one")
     expected = (w.shapes(case.implementation.layout)["out"], w.dtype, case.device)
     found = (tuple(out.shape), out.dtype, out.device.type)
     for what, want, got in zip(("shape", "dtype", "device"), expected, found, strict=True):
