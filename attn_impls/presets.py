@@ -179,8 +179,8 @@ COMBINATIONS = {
         "one query, values shorter than keys, and more heads on one KV head than a tile of the least height has rows",
     ),
     "adversarial-many": (
-        "b9-h34kv17-s33-d64-causal-bf16",
-        "more batches and heads than small tables and masks of bits have",
+        "b9-h34kv17-s13-d64-causal-bf16",
+        "more batches and heads than small tables and masks of bits have, and more KV heads than keys",
     ),
     "adversarial-long": (
         "b1-h2kv1-s600-d128-causal-scale144-bf16",

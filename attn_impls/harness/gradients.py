@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..workload import Workload
 from .inputs import Inputs
-from .oracle import PLAIN, TOLERANCE, Reference, budgeted, lse, score_error
+from .oracle import LSES, PLAIN, TOLERANCE, Reference, budgeted, lse, score_error
 
 # Of the honest error, as TOLERANCE for outputs: a backward pass makes five products for two, and many kernels round dk and dv
 # after each block of queries or each head of a group.
@@ -64,7 +64,11 @@ def reference(
         size = float(norm.square().mean().sqrt())
         # where a query sees one key, dq and dk are 0, and what rounding may leave of them is all the size there is
         norm = norm.clamp(min=max(size, float(first_order[n].max())) or 1.0)
-        found[name] = budgeted(w, exact[n], norm, first_order[n], [one[n] for one in plain], None, BACKWARD_TOLERANCE)
+        # what is rounded for a query, its δ and its lse, all rows of dk and dv share: so many errors are independent
+        queries = min(norm.numel(), w.batch * len(kv_heads) * w.group * w.q_len)
+        in_common = 4 * float((first_order[n] / norm).square().mean().sqrt()) / queries**0.5
+        plainly = [one[n] for one in plain]
+        found[name] = budgeted(w, exact[n], norm, first_order[n], plainly, None, BACKWARD_TOLERANCE, in_common)
     return found
 
 
@@ -132,7 +136,7 @@ def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tu
         relative = times * score_error(w, x.scores) + 1 / 3
         delta = products.square().sum(-1, keepdim=True) + in_dp / 3  # [n, r, 1]; δ is a sum of v_head_dim products too
         if summed:  # the output that exp(score − lse) gave is off by the rounding of the lse, as in `oracle`
-            delta += (products.sum(-1) * lse(x.scores, x.p)).square()[..., None] * (2 / 3)
+            delta += (products.sum(-1) * lse(x.scores, x.p)).square()[..., None] * (LSES / 3)
         in_ds = ds.square() * (relative + 1 / 3) + x.p.square() * ((dp.square() + in_dp) / 3 + delta)
         slope: Any = 1.0
         if x.slope is not None:  # 1 − tanh², of a tanh that was rounded: off by 2·tanh² of its two roundings, and rounded itself

@@ -17,6 +17,7 @@ CHUNK_BYTES = 2**30
 # A row may err by this multiple of its honest error: the largest of the plain runs' errors in it, their RMS over all
 # rows, the first-order rounding error, and one unit roundoff.
 TOLERANCE = 2.0
+LSES = 8
 PLAIN = ("scores", "inputs")  # the plain ways: scale the scores, or scale q and k by its root as SDPA's math path does
 
 
@@ -81,10 +82,12 @@ def budgeted(
     plain: list[torch.Tensor],
     rows: torch.Tensor | None,
     tolerance: float = TOLERANCE,
+    in_common: float = 0.0,
 ) -> Reference:
     """The right answer with its budget, `tolerance` times the honest error.
 
-    Which is known from the first-order rounding error of each row and from some plain runs in the dtype.
+    Which is known from the first-order rounding error of each row and from some plain runs in the dtype. in_common: what rows
+    may all be off together, relative, because they share what is rounded.
     """
     scale, unit = rounding / norm, torch.finfo(w.dtype).eps / 2
     noise, drift = unit / 4, max(unit / 4, 2**-12)
@@ -96,7 +99,7 @@ def budgeted(
         noise = max(noise, float(stretch.square().mean().sqrt()))
         drift = max(drift, TOLERANCE * abs(float(stretch.mean())))
     # rounding errors of N rows are independent, so their mean shrinks with √N; what is systematic may stay this small
-    drift += 4 * noise / norm.numel() ** 0.5
+    drift += 4 * noise / norm.numel() ** 0.5 + in_common
     return Reference(rows, out, norm, tolerance * scale.clamp(min=unit), drift)
 
 
@@ -152,7 +155,7 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
     With unit roundoff u, a score is off by u·√score_error and a weight p rounded once by u·p/√3 (root mean square); each moves
     the output by p·(v − out). Independent errors add in squares. A plain run of the same row may be lucky; this cannot.
     In float32 the sum of p·v, too, loses what is `truncated`, and a kernel may take exp(score − lse) for the weights or merge
-    splits so: the lse, rounded twice, is then the row's.
+    splits or the parts of a ring so: the row has the errors of LSES roundings of its lse.
     """
     summed = w.dtype == torch.float32
     outs = empty(w, inputs, rows, torch.float64)
@@ -162,7 +165,7 @@ def _exact(w: Workload, inputs: Inputs, rows: torch.Tensor | None) -> tuple[torc
         spread = weights.square() * (score_error(w, scores) + 1 / 3)
         squares = moved(spread, v, out)
         if summed:
-            squares += out.square().sum(-1) * (truncated(w.kv_len) ** 2 + lse(scores, weights).square() * (2 / 3))
+            squares += out.square().sum(-1) * (truncated(w.kv_len) ** 2 + lse(scores, weights).square() * (LSES / 3))
         outs[where] = out
         roundings[where] = squares.clamp(min=0).sqrt() * (torch.finfo(w.dtype).eps / 2)
     shape = (w.batch, w.heads, -1)

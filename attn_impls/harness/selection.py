@@ -117,9 +117,7 @@ def _implementations(chosen: list[str], required: list[str]) -> list[Implementat
             before = settings.current()
             selected.update((i.name, i) for i in load_file(word))
             if changed := settings.restore(before):
-                raise ValueError(
-                    f"--impl {word!r} changes {changed} for all when imported: set it, and set it back, in a call"
-                )
+                raise ValueError(f"--impl {word!r} changes {changed} for all when imported: set it, and set it back, in a call")
         else:
             selected[word] = _known(word, "--impl")
     if not chosen:
