@@ -14,11 +14,18 @@ def test_flex_says_what_its_kernel_has_no_room_for(monkeypatch):
 
 
 NONE_FITS = "NoValidChoicesError: No choices to select. Provided reason: No choices exist for backend."
+TOO_MUCH = "No valid triton configs. OutOfMemoryError: out of resource: triton_tem Required: 344320 Hardware limit:232448"
 
 
 @pytest.mark.parametrize(
     ("said", "raised"),
-    [(NONE_FITS, Unsupported), ("NoValidChoicesError: All choices failed to compile", RuntimeError), ("a bug", RuntimeError)],
+    [
+        (NONE_FITS, Unsupported),
+        (TOO_MUCH, Unsupported),
+        ("No valid triton configs. CompilationError: at 7:11", RuntimeError),
+        ("NoValidChoicesError: All choices failed to compile", RuntimeError),
+        ("a bug", RuntimeError),
+    ],
 )
 def test_what_only_the_compiler_knows_is_told_apart_from_a_failure(monkeypatch, said, raised):
     def compiled(*_, **__):
