@@ -160,6 +160,33 @@ def test_kernels_keep_the_options_they_were_built_with(suite, build, found):
     assert not KEPT.concerns(KEPT.workload)  # what is timed is judged by itself
 
 
+@pytest.mark.parametrize(
+    ("key", "kept_wrong"),
+    [
+        (lambda w: (w.replace(head_dim=1, v_head_dim=1, scale_dim=1), w.scale_dim / w.head_dim), "b1-h3-s52-d128-causal-bf16"),
+        (lambda w: w.replace(dtype=torch.bfloat16), "b1-h3-s54-d64-causal-fp32"),
+        (lambda w: w.replace(kv_len=-(-w.kv_len // 64) * 64) if w.q_len == 1 else w, "b2-h4kv2-q1kv267-d64-causal-bf16"),
+    ],
+    ids=["head dim", "dtype", "length"],
+)
+def test_plans_kept_by_too_little_are_told(suite, key, kept_wrong):
+    """Plans that bake in the scale, the dtype and the length of the workload that they were first made for."""
+    built: dict[object, Workload] = {}
+
+    def build(w):
+        first = built.setdefault(key(w), w)
+
+        def kernel(q, k, v):
+            v = v * (torch.arange(w.kv_len, device=v.device) < first.kv_len)[:, None]
+            out = broken()(w.replace(scale_dim=first.scale_dim))(*(t.to(first.dtype) for t in (q, k, v)))
+            return out.to(q.dtype)
+
+        return kernel
+
+    text = probes.answer(KEPT, Implementation("frugal", build), suite.device)
+    assert re.fullmatch(rf"wrong: its output is off by \d+% .* with {kept_wrong} .*", text), text
+
+
 def test_options_that_cannot_be_had_are_not_asked(suite):
     def plain_only(w):
         if w.causal or w.softcap or w.scale_dim != w.head_dim:

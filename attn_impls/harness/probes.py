@@ -40,7 +40,7 @@ PAIRS = tuple(
         ("b1-h3-s100-d64-causal", "b1-h3-s200-d64-causal"),
         ("b1-h4kv2-s60-d64-causal", "b1-h4-s60-d64-causal"),
         ("b1-h3-s52-d64-causal", "b1-h3-s52-d128-causal"),
-        ("b1-h3-s54-d64-causal-fp32", "b1-h3-s54-d64-causal"),
+        ("b1-h3-s54-d64-causal", "b1-h3-s54-d64-causal-fp32"),
         ("b1-h3-s68-d64-causal", "b2-h3-s68-d64-causal"),
         ("b1-h3-s76-d64-causal-win4", "b1-h3-s76-d64-causal-win12"),
         ("b1-h3-s80-d64-scale144", "b1-h3-s80-d64-scale50"),
