@@ -7,9 +7,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attn_impls import Unsupported, Workload, attention
 
-# how inductor says that there was no configuration to choose from, where the first part alone stands for ones that broke too, and
-# that each takes more shared memory than there is
-TOO_LARGE = (("NoValidChoicesError", "No choices exist for backend"), ("No valid triton configs", "out of resource"))
+# what inductor says where the sizes are too large; the first half of each is said of configurations that broke, too
+TOO_LARGE = (
+    ("NoValidChoicesError", "No choices exist for backend"),  # it has none to try
+    ("No valid triton configs", "out of resource"),  # none could be used, and the last took more shared memory than there is
+)
 
 
 @attention("flex", compiles="seconds")

@@ -136,7 +136,7 @@ COMBINATIONS = {
     ),
     "adversarial-wide-window": (
         "b1-h4-s400-d64-causal-win130-bf16",
-        "a window of two keys more than tiles, whose far edge moves through those of all queries but the first",
+        "a window two keys longer than two tiles, so that its far edge crosses a tile's between two rows of one tile of queries",
     ),
     "adversarial-aligned-decode": (
         "b1-h18kv2-q1kv256-d128-bf16",
@@ -164,7 +164,7 @@ COMBINATIONS = {
     ),
     "adversarial-local": (
         "b1-h4kv2-s140-d256-causal-win127-cap50-bf16",
-        "the same with a window, one key short of tiles",
+        "the same head dim with a window, one key short of tiles, and the usual scale",
     ),
     "adversarial-few": (
         "b3-h8kv2-q7kv150-d256-bf16",
@@ -201,7 +201,7 @@ COMBINATIONS = {
 }
 # with these, any two of dtype, mask, softcap, scale, sharing of heads, lengths, head dims and batch occur together
 COMBINATIONS |= {
-    f"adversarial-mixed-{number}": (text, "two conditions at once that the named ones lack")
+    f"adversarial-mixed-{number}": (text, "pairs of conditions that the named ones lack, as tests/test_presets.py counts them")
     for number, text in enumerate(
         (
             "b1-h14kv2-q10kv45-d40v24-cap20-scale50-fp16",

@@ -72,11 +72,11 @@ def judge(w, device, kernel, declared):
 
 
 @pytest.mark.parametrize("seed", [21, 27, 33])
-def test_an_unlucky_row_that_a_dozen_scores_decide_is_within_its_budget(suite, seed):
+def test_an_unlucky_row_that_a_dozen_scores_decide_is_within_its_budget(seed):
     """Of 4096 rows it errs 2.2 to 2.5 times the root mean square: which was too much with as many directions as scores."""
     w = Workload.parse("b2-h4-s512-d64-bf16")
-    problem, kernel = Problem(w, suite.device, seed), int8(RIGHT.build(w))
-    verdict = problem.judge(Case(w, Implementation("mine", lambda _: kernel, approximate="int8"), suite.device), kernel)
+    problem, kernel = Problem(w, "cpu", seed), int8(RIGHT.build(w))  # a GPU draws others
+    verdict = problem.judge(Case(w, Implementation("mine", lambda _: kernel, approximate="int8"), "cpu"), kernel)
     assert 0.6 < verdict.error_over_budget < 0.9
 
 
@@ -121,8 +121,6 @@ HIDDEN = {
         *("padding in the denominator", "softcap missing", "softcap doubled", "dropout left on"),
     },
 }
-# one query: one row a head, and the last of hundreds of keys has little weight in each
-HIDDEN_FROM_ONE_QUERY = {"last key dropped", "causal one key less", "offset one less"}
 
 
 @pytest.mark.parametrize("w", few(WORKLOADS, quick=(GQA,)))
@@ -136,7 +134,7 @@ def test_mutants_die_where_their_effect_exceeds_the_quantisation(suite, w, arith
         if not judge(w, suite.device, arithmetic(mutant.build(w)), declared).failure:
             survived.add(mutant.name)
             assert own_effect(known, mutant, declared) < 1.5, mutant.name  # the two may partly cancel
-    assert survived <= HIDDEN[declared] | (HIDDEN_FROM_ONE_QUERY if w.q_len == 1 else set())
+    assert survived <= HIDDEN[declared]
 
 
 def differs(known, mutant, declared):

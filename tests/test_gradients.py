@@ -79,6 +79,13 @@ def test_weights_by_the_lse_are_within_what_float32_excuses(w, seed):
     assert not problem.judge(Case(w, Implementation("mine", lambda _: kernel), "cpu"), kernel).failure
 
 
+@pytest.mark.parametrize("text", ["b1-h6kv2-q1kv128-d64-bf16", "b1-h8-q4kv300-d64-bf16"])
+def test_one_percent_too_much_shows_with_few_queries(text):
+    w = Workload.parse(text)
+    kernel = broken(after=lambda _w, dq, dk, dv: (dq, dk * 1.01, dv))(w)
+    assert "all a little off" in Problem(w, "cpu", 0).judge_gradients(case_of(lambda _: kernel, w), kernel).failure
+
+
 def test_a_sample_of_kv_heads_equals_the_whole(monkeypatch):
     w = Workload.parse("b2-h12kv6-s40-d16-causal-bf16")
     x, dout = plain(w, "cpu", 0), gradients.upstream(w, "cpu", 0)

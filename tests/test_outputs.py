@@ -223,7 +223,7 @@ def test_a_gradient_that_is_wrong_once_is_named(problem, direction, layout, name
 
 
 @pytest.mark.parametrize("direction", ["backward", "forward+backward"])
-def test_right_beforepass(problem, direction):
+def test_right_gradients_pass(problem, direction):
     assert failure_of(problem, lambda q, k, v, _: right(q, k, v), 20, direction) == ""
     assert failure_of(problem, unrepeatable, 20, direction) == ""
 
@@ -272,7 +272,7 @@ def test_noise_in_a_gradient_row_near_zero_hides_no_wrong_row(problem):
     assert "in at least 1 of 30 rounds, warm-up included (first: round 18; " in said
 
 
-def test_beforeare_judged_by_the_heads_that_are_known(monkeypatch):
+def test_gradients_are_judged_by_the_heads_that_are_known(monkeypatch):
     monkeypatch.setitem(gradients.MAX_PAIRS, "cpu", W.group * W.q_len * W.kv_len)
     problem = Problem(W, "cpu", 0)
     assert problem.gradient_heads == {"q": [0, 1], "k": [0], "v": [0]}

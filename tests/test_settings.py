@@ -13,7 +13,12 @@ CHANGES = {
     "whether gradients are recorded (True → False)": lambda: torch.set_grad_enabled(False),
     "the default dtype (torch.float32 → torch.bfloat16)": lambda: torch.set_default_dtype(torch.bfloat16),
     "the precision of float32 matmuls (highest → medium)": lambda: torch.set_float32_matmul_precision("medium"),
-    "whether algorithms are deterministic (False → True)": lambda: torch.use_deterministic_algorithms(True),
+    "the deterministic mode (0 → 2)": lambda: torch.use_deterministic_algorithms(True),
+    "the deterministic mode (0 → 1)": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "the default device (cpu → meta)": lambda: torch.set_default_device("meta"),
+    "whether autograd looks for anomalies (False → True)": lambda: torch.autograd.set_detect_anomaly(True),
+    "autocast on GPUs (False → True)": lambda: torch.set_autocast_enabled("cuda", True),
+    "autocast on CPUs (False → True)": lambda: torch.set_autocast_enabled("cpu", True),
     "the number of threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "SDPA's flash backend (True → False)": lambda: torch.backends.cuda.enable_flash_sdp(False),
     "SDPA's memory-efficient backend (True → False)": lambda: torch.backends.cuda.enable_mem_efficient_sdp(False),
@@ -46,9 +51,14 @@ def test_a_change_that_is_set_back_is_nobodys_business():
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="of torch 2.9 and newer")
-def test_the_newer_way_to_set_a_precision_is_seen_too():
-    before = settings.current()
-    with pytest.raises(CaseFailed, match=r"the precision of float32 matmuls \(highest → tf32/"), guard(CASE, "builder"):
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+@pytest.mark.parametrize("of", ["", "cuda.matmul", "mkldnn", "mkldnn.matmul"])
+def test_the_newer_way_to_set_a_precision_is_seen_too(of):
+    before, backend = settings.current(), torch.backends
+    for name in filter(None, of.split(".")):
+        backend = getattr(backend, name)
+    with pytest.raises(CaseFailed, match=r"changed the precision of float32 matmuls \(highest → "), guard(CASE, "builder"):
+        backend.fp32_precision = "tf32"
     assert settings.current() == before
+    with guard(CASE, "builder"):
+        assert settings.current() == before
     assert torch.get_float32_matmul_precision() == "highest"

@@ -137,8 +137,8 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
                 complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
                 given.insert(0, gradients)
                 found.insert(0, Pass(copy, Inputs(*(gradient.clone() for gradient in gradients)), complaint))
-            for n, gradients in enumerate(given):
-                if not all(map(_same, gradients, found[n].gradients)):
+            for n, gradients in enumerate(given if len(given) > 1 else ()):
+                if not all(map(_unchanged, gradients, found[n].gradients)):
                     found[n] = found[n]._replace(complaint="overwrote the gradients of one backward pass in another")
         except Unsupported:
             raise
@@ -151,8 +151,8 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
     return [_validated(*one) for one in zip(cases, found, (call.leaves for call in calls), strict=True)]
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
+def _unchanged(one: torch.Tensor, copy: torch.Tensor) -> bool:
+    return torch.equal(one, copy) or torch.equal(one.nan_to_num(), copy.nan_to_num())
 
 
 def _validated(case: Case, found: Pass, inputs: Inputs) -> Pass:

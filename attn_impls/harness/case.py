@@ -137,8 +137,8 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 @contextlib.contextmanager
 def guard(case: Case, stage: str, allowed: bool = False) -> Iterator[None]:
-    """Turn an exception of the implementation into CaseFailed, with its memory freed, and so a setting of torch's that it leaves
-    changed. allowed: Unsupported passes."""
+    """Turn an exception of the implementation into CaseFailed, with its memory freed; likewise a setting of torch's that it
+    leaves changed, which is set back. allowed: Unsupported passes."""
     before = settings.current()
     try:
         try:

@@ -64,9 +64,10 @@ def reference(
         size = float(norm.square().mean().sqrt())
         # where a query sees one key, dq and dk are 0, and what rounding may leave of them is all the size there is
         norm = norm.clamp(min=max(size, float(first_order[n].max())) or 1.0)
-        # what is rounded for a query, its δ and its lse, all rows of dk and dv share: so many errors are independent
+        # in float32 the lse's rounding is most of what may be wrong, and a query's: its row of dq and all of dk and dv share it
         queries = min(norm.numel(), w.batch * len(kv_heads) * w.group * w.q_len)
-        in_common = 4 * float((first_order[n] / norm).square().mean().sqrt()) / queries**0.5
+        shared = float((first_order[n] / norm).square().mean().sqrt()) if w.dtype == torch.float32 else 0.0
+        in_common = 4 * shared / queries**0.5
         plainly = [one[n] for one in plain]
         found[name] = budgeted(w, exact[n], norm, first_order[n], plainly, None, BACKWARD_TOLERANCE, in_common)
     return found

@@ -167,7 +167,7 @@ def _solve(pair: torch.Tensor, target: torch.Tensor, alone: torch.Tensor) -> tor
 
 def _spots(w: Workload, generator: torch.Generator) -> torch.Tensor:
     """Where the needles are: rows (batch, query head, query, key, kind, partner key) of an int64 tensor [N, 6]."""
-    flat = torch.cat([_spread(w, generator), _edges(w, generator), _towers(w, generator), _sunken(w)])
+    flat = torch.cat([_spread(w, generator), _edges(w, generator), _towers(w, generator), _sunken(w), _last_key(w)])
     # one needle a query: of several, keep the last
     query = flat[:, 0] * w.q_len + flat[:, 1]
     last_of = {int(position): n for n, position in enumerate(query.tolist())}
@@ -234,6 +234,12 @@ def _towers(w: Workload, generator: torch.Generator) -> torch.Tensor:
     elif w.dtype != torch.float16:
         found[1::3, 3] = HUGE
     return found
+
+
+def _last_key(w: Workload) -> torch.Tensor:
+    """Where heads have one query each, the last one's points at the last key, whatever else it did: few others may."""
+    heads = w.batch * w.heads
+    return torch.tensor([[heads - 1, 0, w.kv_len - 1, SATURATED]] if w.q_len == 1 < heads else []).reshape(-1, 4).long()
 
 
 def _sunken(w: Workload) -> torch.Tensor:

@@ -16,13 +16,14 @@ from ..workload import Workload
 from . import backward, gradients
 from . import inputs as make
 from .approximate import loosened
-from .case import Case, CaseFailed, DeviceLost, build, call
+from .case import Built, Case, CaseFailed, DeviceLost, build, call
 from .complaints import complaint_of, nan_rows, worst_row
 from .inputs import Inputs, as_layout
 from .oracle import Reference, reference
 from .verdict import Verdict, worst_of
 
 POISON_BYTES = 2**28
+ALONE = "differs from the float64 oracle in its first"
 SMALL_PAIRS = 2**24  # of queries and keys: four layers of plain attention in memory that does not matter
 
 
@@ -175,21 +176,38 @@ class Problem:
         except (Unsupported, CaseFailed):
             return None
 
-    def first_gradients(self, case: Case, kernel: Kernel) -> Inputs:
-        """Of a kernel's first backward pass, on the plain inputs, "bhsd". Raises Unsupported where it has none, CaseFailed if it
-        raises."""
+    def build(self, case: Case) -> Built:
+        """The case's kernel after its first call, on the plain inputs. Raises as `case.build` does, and if it changed them."""
+        native = self.plain.as_layout(case.implementation.layout)
+        built = build(case, native)
+        self._unchanged(case, native, "call")
+        return built
+
+    def first_pass(self, case: Case, kernel: Kernel) -> backward.Pass:
+        """A kernel's first forward and backward pass, on the plain inputs. Raises Unsupported where it has none, CaseFailed if it
+        raises or changes them."""
         layout = case.implementation.layout
-        return backward.gradients(case, kernel, self.plain.as_layout(layout), as_layout(self.douts[1], layout), first=True)
+        native, dout = self.plain.as_layout(layout), as_layout(self.douts[1], layout)
+        [found] = backward.passes(case, kernel, [native], [dout], first=True)
+        if not torch.equal(dout, in_layout(self.douts[1], layout)):
+            found = found._replace(complaint="changed dout, its upstream gradient,")
+        self._unchanged(case, native, "backward pass", found.complaint)
+        return found
+
+    def _unchanged(self, case: Case, native: Inputs, what: str, complaint: str = "") -> None:
+        complaint = complaint or complaint_of(None, self.plain, native, case.implementation.layout)
+        if complaint:
+            raise CaseFailed(f"{case.implementation.name} {complaint} in its first {what}")
 
     @property
     def _small(self) -> bool:
         w = self.workload
         return w.batch * w.heads * w.q_len * w.kv_len <= SMALL_PAIRS
 
-    def judge_gradients(self, case: Case, kernel: Kernel, first: Inputs | None = None) -> Verdict:
+    def judge_gradients(self, case: Case, kernel: Kernel, first: backward.Pass | None = None) -> Verdict:
         """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
 
-        first: what `first_gradients` gave. Raises CaseFailed if it raises: whether it has a backward pass, that has shown.
+        first: what `first_pass` gave. Raises CaseFailed if it raises: whether it has a backward pass, that has shown.
         """
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")
@@ -216,7 +234,11 @@ class Problem:
                 known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
                 ours, theirs = [getattr(one.gradients, name) for one in twice[n]], sdpa and getattr(sdpa, name)
                 found[name].append(self._gradient_verdict(name, known, ours, theirs))
-        return self._with_first(worst_of(found), case, first)
+        verdict = worst_of(found)
+        if first and not verdict.failure:
+            error, words = worst_row(first.out, first.out, self._plain_reference, "the output")
+            verdict = replace(verdict, complaint=f"{ALONE} training pass alone: {words}") if error > 1 else verdict
+        return self._with_first(verdict, case, first and first.gradients)
 
     def _training_output(self, known: Reference, twice: list[backward.Pass], complaint: str) -> Verdict:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
@@ -284,8 +306,8 @@ class Problem:
         if first is None or verdict.failure:
             return verdict
         error, words = self._worst(case, first)
-        alone = f"differs from the float64 oracle in its first {'call' if case.direction == 'forward' else 'backward pass'} alone"
-        return replace(verdict, complaint=f"{alone}: {words}") if error > 1 else verdict
+        what = "call" if case.direction == "forward" else "backward pass"
+        return replace(verdict, complaint=f"{ALONE} {what} alone: {words}") if error > 1 else verdict
 
     def timed_error(self, case: Case, parts: Sequence[torch.Tensor]) -> tuple[float, str]:
         """How wrong a timed call's output, or dq, dk and dv, is: the worst row's share of its budget, and that in words."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from ..workload import Workload
-from .case import Case, CaseFailed, build
+from .case import Case, CaseFailed
 from .criteria import CRITERIA
 from .gradient_mutants import GRADIENT_MUTANTS
 from .inputs import Inputs
@@ -107,7 +107,7 @@ class Bench:
 
     def _built(self, case: Case) -> Kernel:
         """The case's kernel, after its first call. Raises Unsupported where it cannot do this."""
-        return build(case, self.problem.plain.as_layout(case.implementation.layout)).kernel
+        return self.problem.build(case).kernel
 
     @cached_property
     def plain_run(self) -> Tensor:
@@ -174,7 +174,7 @@ class GradientBench(Bench):
         if not case.implementation.backward:
             raise Unsupported("forward only")
         kernel = super()._built(case)
-        self.problem.first_gradients(case, kernel)
+        self.problem.first_pass(case, kernel)
         return kernel
 
     def caught_by(self, mutant: Mutant) -> dict[str, bool]:  # noqa: ARG002

@@ -17,7 +17,7 @@ CHUNK_BYTES = 2**30
 # A row may err by this multiple of its honest error: the largest of the plain runs' errors in it, their RMS over all
 # rows, the first-order rounding error, and one unit roundoff.
 TOLERANCE = 2.0
-LSES = 8
+LSES = 8  # roundings of a row's lse: a ring over eight parts has as many
 PLAIN = ("scores", "inputs")  # the plain ways: scale the scores, or scale q and k by its root as SDPA's math path does
 
 

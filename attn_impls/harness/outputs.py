@@ -20,6 +20,7 @@ class Outputs:
 
     `turn`, before each round, negates q, k, v and dout in place. Scores are bitwise the same then, and the output and the
     gradients negated: one left over from the round before shows, and so does what a kernel keeps of its inputs.
+    Not seen: an output left over from the same round, which on a CPU may have several calls, and those of ranks.
     A kernel need not repeat itself bitwise (split-K, atomics), so a deviating output is judged by its own rows' budget.
     """
 
@@ -33,6 +34,7 @@ class Outputs:
         self._farthest: list[float] = []  # of the outputs judged so far, by part
         self._wrong: list[tuple[float, str, int, int]] = []  # error over budget, in words, the round, and how many are like it
 
+    @torch.no_grad()
     def turn(self) -> None:
         """Negate the inputs, and what their output is compared with."""
         for tensor in (*self._inputs, *self._first):

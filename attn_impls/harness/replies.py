@@ -20,8 +20,8 @@ from .oracle import attend
 
 APPROXIMATE = 0.05
 CONFUSED = 0.2  # of the largest value: what an approximate kernel's result may be off beside another
-FEW = 5  # pairs that are asked of what compiles
-TRAINED_FEW = 9  # pairs whose gradients are asked of all else
+PAIRS_COMPILED = 5  # pairs that are asked of what compiles
+PAIRS_TRAINED = 9  # pairs whose gradients are asked of all else
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,15 @@ def of_a_view(case: Case) -> str:
 def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case], str]:
     """The reply to two kernels at once: each must keep the sizes and options that it was built with.
 
-    A cache keyed by only some sizes and options gives one kernel the other's. Gradients are asked of the first TRAINED_FEW
-    pairs. What compiles does so anew for each, and is asked FEW.
+    A cache keyed by only some sizes and options gives one kernel the other's. Gradients are asked of the first PAIRS_TRAINED
+    pairs. What compiles does so anew for each, and is asked PAIRS_COMPILED.
     """
 
     def reply(case: Case) -> str:
         asked = False
-        for n, (one, other) in enumerate(pairs[: FEW if case.implementation.compiles else None]):
+        for n, (one, other) in enumerate(pairs[: PAIRS_COMPILED if case.implementation.compiles else None]):
             try:
-                complaint = _confused(replace(case, workload=one), replace(case, workload=other), gradients=n < TRAINED_FEW)
+                complaint = _confused(replace(case, workload=one), replace(case, workload=other), gradients=n < PAIRS_TRAINED)
             except Unsupported:
                 continue
             asked = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -110,11 +111,13 @@ def _device(name: str) -> str:
 
 
 def _implementations(chosen: list[str], required: list[str]) -> list[Implementation]:
+    before = settings.current()
     discover()
+    if changed := settings.restore(before):
+        warnings.warn(f"an installed package's implementations changed {changed} when imported; it is set back", stacklevel=2)
     selected: dict[str, Implementation] = {}
     for word in chosen:
         if word.endswith(".py") or "/" in word:
-            before = settings.current()
             selected.update((i.name, i) for i in load_file(word))
             if changed := settings.restore(before):
                 raise ValueError(f"--impl {word!r} changes {changed} for all when imported: set it, and set it back, in a call")

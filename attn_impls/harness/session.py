@@ -16,7 +16,7 @@ import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from . import environment, journal, limits, makespan, measure, probes, profile, resume
-from .case import Broken, Case, CaseFailed, DeviceLost, build, forget, guard, out_of_memory, release
+from .case import Broken, Case, CaseFailed, DeviceLost, forget, guard, out_of_memory, release
 from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
 from .identity import identity
 from .journal import Journal
@@ -173,14 +173,14 @@ class Session:
         """Build the case's kernel, and check it unless this session has: its output or, for a backward case, its gradients."""
         if case.direction != "forward" and not case.implementation.backward:
             raise Unsupported("forward only")
-        inputs = problem.plain.as_layout(case.implementation.layout)
-        kernel, build_seconds, out = build(case, inputs)
+        kernel, build_seconds, out = problem.build(case)
         if case not in self._checked:
             started = time.perf_counter()
             if case.direction == "forward":
                 verdict = problem.judge(case, kernel, out)
             else:
-                first = problem.first_gradients(case, kernel)
+                del out
+                first = problem.first_pass(case, kernel)
                 build_seconds += time.perf_counter() - started
                 verdict = problem.judge_gradients(case, kernel, first)
             self._checked[case] = verdict, build_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ class Precision(NamedTuple):
 
 
 def _backends() -> list[Any]:
-    """What the newer call sets, of torch 2.9 and later."""
-    return [m for m in (cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if hasattr(m, "fp32_precision")]
+    """What the newer call sets, of torch 2.9 and later, the general first: the others inherit it."""
+    found = (torch.backends, torch.backends.mkldnn, cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [one for one in found if hasattr(one, "fp32_precision")]
 
 
 def _precision() -> Precision:
@@ -45,13 +47,26 @@ class Setting(NamedTuple):
     write: Callable[[Any], object]
 
 
+def _set_default_device(before: torch.device) -> None:
+    torch.set_default_device(None if before.type == "cpu" else before)  # a device that is named costs every call of torch
+
+
+def _on_cuda(read: Callable[[], Any]) -> Callable[[], Any]:
+    """None before CUDA is used: to begin with it is no change."""
+    return lambda: read() if torch.cuda.is_initialized() else None
+
+
 SETTINGS = {
     "whether gradients are recorded": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     "the default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
     "the precision of float32 matmuls": Setting(_precision, _set_precision),
-    "whether algorithms are deterministic": Setting(
-        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
-    ),
+    "the deterministic mode": Setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    "the default device": Setting(torch.get_default_device, _set_default_device),
+    "whether autograd looks for anomalies": Setting(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "autocast on GPUs": Setting(partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
+    "autocast on CPUs": Setting(partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    "the current CUDA device": Setting(_on_cuda(torch.cuda.current_device), torch.cuda.set_device),
+    "the current CUDA stream": Setting(_on_cuda(torch.cuda.current_stream), torch.cuda.set_stream),
     "the number of threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "SDPA's flash backend": Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     "SDPA's memory-efficient backend": Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
@@ -66,7 +81,7 @@ def current() -> dict[str, Any]:
 
 def restore(before: dict[str, Any]) -> str:
     """Set what has changed back; the first such change in words, "" if there is none."""
-    changes = {name: value for name, value in current().items() if value != before[name]}
+    changes = {name: value for name, value in current().items() if before[name] is not None and value != before[name]}
     for name in changes:
         SETTINGS[name].write(before[name])
     return next((f"{name} ({before[name]} → {value})" for name, value in changes.items()), "")

@@ -10,7 +10,7 @@ from ..parallel.plan import Form, Plan, Spread
 from ..registry import Kernel, Unsupported
 from ..workload import Workload
 from . import limits, makespan, measure, scaling, sharded, spread_backward, spread_forward, topology
-from .case import Case, CaseFailed, OutOfMemory, build, guard
+from .case import Case, CaseFailed, OutOfMemory, guard
 from .identity import identity
 from .judge import Problem
 from .ranks import Ranks
@@ -166,7 +166,7 @@ class Spreads:
         def alone() -> Kernel | None:
             self._alone_missing = ""
             try:
-                return build(case, problem.plain.as_layout(case.implementation.layout)).kernel
+                return problem.build(case).kernel
             except (OutOfMemory, Unsupported) as error:  # the parts may still run
                 self._alone_missing = str(error).partition("\n")[0]
                 return None
