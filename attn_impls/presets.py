@@ -175,8 +175,8 @@ COMBINATIONS = {
         "one query without a mask, heads with keys of their own, and a scale of its own",
     ),
     "adversarial-mla-decode": (
-        "b2-h20kv1-q1kv333-d192v128-causal-bf16",
-        "one query, values shorter than keys, and more heads on one KV head than a tile of the least height has rows",
+        "b2-h20kv1-q1kv333-d192v128-bf16",
+        "one query without a mask, values shorter than keys, and more heads on one KV head than a tile of the least height has rows",
     ),
     "adversarial-many": (
         "b9-h34kv17-s13-d64-causal-bf16",
