@@ -176,7 +176,7 @@ COMBINATIONS = {
     ),
     "adversarial-mla-decode": (
         "b2-h20kv1-q1kv333-d192v128-bf16",
-        "one query without a mask, values shorter than keys, and more heads on one KV head than a tile of the least height has rows",
+        "one query, no mask, values shorter than keys, and more heads on one KV head than the lowest tile has rows",
     ),
     "adversarial-many": (
         "b9-h34kv17-s13-d64-causal-bf16",

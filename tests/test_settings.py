@@ -62,3 +62,18 @@ def test_the_newer_way_to_set_a_precision_is_seen_too(of):
     with guard(CASE, "builder"):
         assert settings.current() == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_broken_device_hides_no_failure(monkeypatch):
+    readings = iter([7])
+
+    def read():
+        for reading in readings:
+            return reading
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    only = {"the current CUDA device": settings.Setting(settings._on_cuda(read), pytest.fail)}
+    monkeypatch.setattr(settings, "SETTINGS", only)
+    with pytest.raises(CaseFailed, match="mine raised in its kernel: OSError: first"), guard(CASE, "kernel"):
+        raise OSError("first")

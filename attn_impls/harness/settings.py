@@ -52,8 +52,15 @@ def _set_default_device(before: torch.device) -> None:
 
 
 def _on_cuda(read: Callable[[], Any]) -> Callable[[], Any]:
-    """None before CUDA is used: to begin with it is no change."""
-    return lambda: read() if torch.cuda.is_initialized() else None
+    """None before CUDA is used, to begin with which is no change, and where it is broken."""
+
+    def reading() -> Any:
+        try:
+            return read() if torch.cuda.is_initialized() else None
+        except RuntimeError:
+            return None
+
+    return reading
 
 
 SETTINGS = {
@@ -81,7 +88,8 @@ def current() -> dict[str, Any]:
 
 def restore(before: dict[str, Any]) -> str:
     """Set what has changed back; the first such change in words, "" if there is none."""
-    changes = {name: value for name, value in current().items() if before[name] is not None and value != before[name]}
+    now = current()
+    changes = {name: now[name] for name in SETTINGS if None not in (now[name], before[name]) and now[name] != before[name]}
     for name in changes:
         SETTINGS[name].write(before[name])
     return next((f"{name} ({before[name]} → {value})" for name, value in changes.items()), "")
