@@ -135,7 +135,7 @@ COMBINATIONS = {
         "everything in whole tiles, the window too, so that tiles are skipped at its edge; all heads on one KV head",
     ),
     "adversarial-wide-window": (
-        "b1-h4-s400-d64-causal-win130-bf16",
+        "b1-h4-s400-d64-causal-win258-bf16",
         "a window two keys longer than two tiles, so that its far edge crosses a tile's between two rows of one tile of queries",
     ),
     "adversarial-aligned-decode": (
@@ -187,7 +187,7 @@ COMBINATIONS = {
         "more tiles than a pipeline has stages, of queries and of keys, at the usual head dim",
     ),
     "adversarial-long-cross": (
-        "b3-h1-q300kv600-d64-bf16",
+        "b3-h1-q300kv600-d128-bf16",
         "more tiles of keys than a pipeline has stages, without a mask, and one head",
     ),
     "adversarial-single-options": (
