@@ -36,9 +36,27 @@ def test_defaults_exist_and_have_both_masks():
     assert any(preset(name).group > 1 for name in DEFAULT_PRESETS)
 
 
-def test_combinations_are_what_their_comments_say():
+def test_each_named_combination_has_its_kind_of_lengths_heads_and_mask():
     of = {name.removeprefix("adversarial-"): preset(name) for name in COMBINATIONS}
     assert all(w.batch * w.heads * w.q_len * w.kv_len <= 2e6 for w in of.values())  # full size on a CPU
+    for name, w in of.items():
+        if name.startswith("mixed"):  # as test_any_two_conditions_occur_together has them
+            continue
+        assert (w.kv_len % 64 == 0) == (name in {"aligned-keys", "aligned-window", "aligned-decode"})
+        assert (w.q_len > w.kv_len) == (name in {"blind", "cross", "aligned-queries"})
+        square = {"group", "aligned-window", "wide-window", "cap", "local", "many", "long", "single"}
+        assert (w.q_len == w.kv_len) == (name in square)
+        own = {"aligned-queries", "wide-window", "short", "cross-decode", "long-cross", "single-options"}
+        assert (w.group == 1) == (name in own)
+        unmasked = {"ragged", "value-dim", "cross", "aligned-queries", "aligned-decode", "single"}
+        unmasked |= {"few", "cross-decode", "mla-decode", "long-cross"}
+        assert (not w.causal) == (name in unmasked)
+        assert (w.dtype != torch.bfloat16) == (name in {"aligned-keys", "single", "single-options"})
+        assert w.q_len * w.kv_len <= 360000
+
+
+def test_combinations_are_what_their_comments_say():
+    of = {name.removeprefix("adversarial-"): preset(name) for name in COMBINATIONS}
     offset, ragged, window, options, decode, split = map(of.get, ("offset", "ragged", "window", "all-options", "decode", "split"))
     blind, value_dim, mla, group, cross = map(of.get, ("blind", "value-dim", "mla", "group", "cross"))
     assert offset.batch == ragged.batch == options.batch == 3
@@ -61,6 +79,14 @@ def test_combinations_are_what_their_comments_say():
     assert cross.heads % 2 == 1
     assert cross.head_dim == 72
     assert blind.batch > 1
+    assert blind.head_dim not in (32, 64)
+    assert value_dim.v_head_dim > value_dim.head_dim
+    assert value_dim.group == 5
+    assert (mla.head_dim, mla.v_head_dim) == (192, 128)
+
+
+def test_combinations_at_the_borders_of_tiles_are_what_their_comments_say():
+    of = {name.removeprefix("adversarial-"): preset(name) for name in COMBINATIONS}
     assert of["aligned-queries"].q_len % 128 == 0
     assert of["aligned-keys"].dtype == torch.float16
     assert of["aligned-keys"].offset % 64 == of["aligned-keys"].q_len % 64 == 0
@@ -83,10 +109,6 @@ def test_combinations_are_what_their_comments_say():
     assert (of["single-options"].dtype, bool(of["single-options"].softcap)) == (torch.float32, True)
     assert (of["cap"].head_dim, of["cap"].window, bool(of["cap"].softcap)) == (256, 0, True)
     assert of["single"].dtype == torch.float32
-    assert blind.head_dim not in (32, 64)
-    assert value_dim.v_head_dim > value_dim.head_dim
-    assert value_dim.group == 5
-    assert (mla.head_dim, mla.v_head_dim) == (192, 128)
 
 
 def conditions(w):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from attn_impls import Unsupported, Workload, attention
-from attn_impls.harness import inputs
+from attn_impls.harness import inputs, selection, settings
 from attn_impls.harness.case import Broken, Case, CaseFailed, build, call
+from attn_impls.harness.options import OPTIONS
 from attn_impls.registry import LAYOUTS, REGISTRY, discover, load_file
 
 W = Workload(batch=1, heads=2, q_len=4, head_dim=8)
@@ -342,6 +343,15 @@ def test_load_file_takes_python_only(tmp_path):
     path.write_text("x = 1")
     with pytest.raises(ValueError, match=r"not a Python file: give one that ends in \.py"):
         load_file(path)
+
+
+def test_an_installed_package_that_changes_a_setting_is_told_and_it_is_set_back(install):
+    more = "import torch\ntorch.set_num_threads(torch.get_num_threads() + 1)\n"
+    install("plug", {"plugged": "plug_sets:f"}, plug_sets=IMPORT + more + REGISTERS.format("plugged", "f"))
+    before = settings.current()
+    with pytest.warns(UserWarning, match=r"implementations changed the number of threads \(.*\) when imported; it is set back"):
+        selection.resolve({option.name: [] if option.convert is None else option.default for option in OPTIONS})
+    assert settings.current() == before
 
 
 def test_entry_points(install):

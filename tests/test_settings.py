@@ -46,8 +46,10 @@ def test_a_change_is_told_and_undone(what, raises):
 
 
 def test_a_change_that_is_set_back_is_nobodys_business():
+    before = settings.current()
     with guard(CASE, "kernel"), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        pass
+        inside = settings.current()
+    assert inside != before == settings.current()
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="of torch 2.9 and newer")

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ..parallel.plan import Gradients, Holding, Plan
-from ..registry import Unsupported
+from ..registry import Unsupported, as_bhsd
 from ..workload import Workload
 from . import gradients
 from .inputs import Inputs
@@ -94,8 +94,7 @@ def gradient_errors(plan: Plan, known: dict[str, Reference], heads: dict[str, li
     heads: those that the answers to q, k and v are of. Raises Unsupported where this rank holds none of them.
     """
     mine = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads, "weight": plan.heads}
-    bhsd = plan.spread.layout == "bhsd"
-    by_head = {name: one if bhsd else one.transpose(1, 2) for name, one in zip("qkv", found[:3], strict=True)}
+    by_head = {name: as_bhsd(one, plan.spread.layout) for name, one in zip("qkv", found[:3], strict=True)}
     if found.weight is not None:
         by_head["weight"] = found.weight.unflatten(0, (len(plan.heads), -1))[None]
         heads = heads | {"weight": list(range(plan.spread.workload.heads))}

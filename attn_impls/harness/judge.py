@@ -19,7 +19,6 @@ from .oracle import Reference
 from .verdict import Verdict, worst_of
 
 POISON_BYTES = 2**28
-ALONE = "differs from the float64 oracle in its first"
 SMALL_PAIRS = 2**24  # of queries and keys: four layers of plain attention in memory that does not matter
 
 
@@ -85,10 +84,10 @@ class Problem(Known):
                 ours, theirs = [getattr(one.gradients, name) for one in twice[n]], sdpa and getattr(sdpa, name)
                 found[name].append(self._gradient_verdict(name, known, ours, theirs))
         verdict = worst_of(found)
-        if first and not verdict.failure:
-            error, words = worst_row(first.out, first.out, self._plain_reference, "the output")
-            verdict = replace(verdict, complaint=f"{ALONE} training pass alone: {words}") if error > 1 else verdict
-        return self._with_first(verdict, case, first and first.gradients)
+        if first:
+            verdict = with_first(verdict, "training pass", worst_row(first.out, first.out, self._plain_reference, "the output"))
+            verdict = with_first(verdict, "backward pass", self._worst(case, first.gradients))
+        return verdict
 
     def _training_output(self, known: Reference, twice: list[backward.Pass], complaint: str) -> Verdict:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
@@ -149,15 +148,7 @@ class Problem(Known):
                 sdpa_errors.append(exact.over_budget(sdpas[n]))
         sdpa = max(apart, default=None), max(sdpa_errors, default=None)
         verdict = Verdict(max(errors), max(rms), *sdpa, repeatable, max(drifts))
-        return self._with_first(verdict, case, None if first is None else [as_bhsd(first, layout)])
-
-    def _with_first(self, verdict: Verdict, case: Case, first: Sequence[torch.Tensor] | None) -> Verdict:
-        """A verdict on later calls, and on the first one's output, or dq, dk and dv."""
-        if first is None or verdict.failure:
-            return verdict
-        error, words = self._worst(case, first)
-        what = "call" if case.direction == "forward" else "backward pass"
-        return replace(verdict, complaint=f"{ALONE} {what} alone: {words}") if error > 1 else verdict
+        return verdict if first is None else with_first(verdict, "call", self.timed_error(case, [first]))
 
     def timed_error(self, case: Case, parts: Sequence[torch.Tensor]) -> tuple[float, str]:
         """How wrong a timed call's output, or dq, dk and dv, is: the worst row's share of its budget, and that in words."""
@@ -171,6 +162,14 @@ class Problem(Known):
         named = zip("qkv", parts, strict=True)
         found = [worst_row(part, part[:, heads[name]], known[name], f"d{name}") for name, part in named]
         return max(found, key=lambda one: one[0])
+
+
+def with_first(verdict: Verdict, what: str, found: tuple[float, str]) -> Verdict:
+    """A verdict on later calls with what was found of the first: its error as a multiple of the budget, and in words."""
+    error, words = found
+    if verdict.failure or error <= 1:
+        return verdict
+    return replace(verdict, complaint=f"differs from the float64 oracle in its first {what} alone: {words}")
 
 
 def poison(w: Workload, device: str) -> None:

@@ -65,6 +65,20 @@ def run(
     rounds = rounds or planned
     warmup = warmup if warmup_rounds is None else warmup_rounds
     timed = slice(len(subject.samples) + warmup, len(subject.samples) + warmup + rounds)  # --benchmark-cprofile adds more
+    before, after = _around(clock, subject, other, turn)
+    retries = clock.retries
+    try:
+        benchmark.pedantic(partial(clock.sample, subject), setup=before, teardown=after, rounds=rounds, warmup_rounds=warmup)
+    except BaseException:  # pytest-benchmark would save the rounds before a Ctrl-C as if they were all
+        benchmark.has_error = True
+        raise
+    return Timing(subject.samples[timed], other.samples[timed] if other else None, clock.retries - retries)
+
+
+def _around(
+    clock: Clock, subject: Subject, other: Subject | None, turn: Callable[[], None] | None
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What comes before each round, and after: the baseline's, in turn, and what makes ready for it."""
     count = 0
 
     def measure_baseline() -> None:
@@ -85,13 +99,7 @@ def run(
             measure_baseline()
         count += 1
 
-    retries = clock.retries
-    try:
-        benchmark.pedantic(partial(clock.sample, subject), setup=before, teardown=after, rounds=rounds, warmup_rounds=warmup)
-    except BaseException:  # pytest-benchmark would save the rounds before a Ctrl-C as if they were all
-        benchmark.has_error = True
-        raise
-    return Timing(subject.samples[timed], other.samples[timed] if other else None, clock.retries - retries)
+    return before, after
 
 
 def plan(clock: Clock, subjects: Sequence[S], sample: Callable[[S], Sample]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from ..registry import as_bhsd
 from . import answers, sharded
 from .case import CaseFailed, call
 from .judge import poison
@@ -59,5 +60,5 @@ def _unsharded_error(trial: Trial) -> float:
     approximate = case.implementation.approximate
     for inputs, known in zip(problem.judged(approximate), problem.known(approximate), strict=True):
         out = call(case, trial.whole, inputs.as_layout(case.implementation.layout))
-        errors.append(known.over_budget(out if case.implementation.layout == "bhsd" else out.transpose(1, 2)))
+        errors.append(known.over_budget(as_bhsd(out, case.implementation.layout)))
     return max(errors)
