@@ -1,6 +1,10 @@
 """cuDNN's fused attention through its own graph API, planned in the builder. https://github.com/NVIDIA/cudnn-frontend"""
 
+import math
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from attn_impls import Unsupported, Workload, attention
 
@@ -9,62 +13,133 @@ from attn_impls import Unsupported, Workload, attention
     "cudnn-frontend",
     dist="nvidia-cudnn-frontend",
     devices=("cuda",),
-    backward=False,
     install="pip install nvidia-cudnn-frontend",
 )
 def cudnn_frontend(w: Workload):
-    import cudnn
-
     if w.dtype == torch.float32:
         raise Unsupported("cuDNN's fused attention takes fp16 and bf16 only")
     if w.softcap:
         raise Unsupported("cuDNN's fused attention has a softcap only as a score modifier, which excludes masks")
-    dtype = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[w.dtype]
-    try:
-        handle = cudnn.create_handle()
-    except RuntimeError as error:  # so its bindings say that the library does not load
-        raise ImportError(f"cuDNN does not start: {error}") from None
-    shapes = w.shapes()
-    strides = {name: torch.empty(shape, device="meta").stride() for name, shape in shapes.items()}
-    accumulate = cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(io_data_type=dtype, intermediate_data_type=accumulate, compute_data_type=accumulate, handle=handle)
-    tensors = [graph.tensor(name=n, dim=list(shapes[n]), stride=list(strides[n]), data_type=dtype) for n in "qkv"]
-    o, _ = graph.sdpa(*tensors, generate_stats=False, attn_scale=w.scale, **_mask(w, cudnn.diagonal_alignment))
-    o.set_output(True).set_dim(list(shapes["out"])).set_stride(list(strides["out"])).set_data_type(dtype)
-    try:
-        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    except (cudnn.cudnnGraphNotSupportedError, NotImplementedError) as error:
-        raise Unsupported(f"cuDNN: {_reason(error)}") from None
-    workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8)
-
-    of_q, of_k, of_v = tensors
-    size, used, device = shapes["out"], None, torch.cuda.current_device()
-    # as torch's own generated code asks: `torch.cuda.current_stream` builds an object, for some 10 µs
-    stream_of = torch._C._cuda_getCurrentRawStream
+    plans = _Plans(w)
+    attend = plans.forward(training=False)
+    trained = None
 
     def kernel(q, k, v):
-        nonlocal used
-        out = q.new_empty(size)
-        stream = stream_of(device)
-        if stream != used:  # telling cuDNN costs more than asking torch
-            cudnn.set_stream(handle, stream)
-            used = stream
-        graph.execute({of_q: q, of_k: k, of_v: v, o: out}, workspace, handle=handle)
-        return out
+        nonlocal trained
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            trained = trained or (plans.forward(training=True), plans.backward())
+            return _Trained.apply(*trained, q, k, v)
+        return attend(q, k, v)[0]
 
     return kernel
+
+
+class _Plans:
+    """The graphs of one workload on the current device, with one handle, which is told when torch's stream changes."""
+
+    def __init__(self, w: Workload):
+        import cudnn
+
+        self.cudnn, self.w = cudnn, w
+        self.stream: int | None = None
+        self.dtype = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[w.dtype]
+        out = w.shapes()["out"]
+        self.shapes = w.shapes() | {"dout": out, "stats": (*out[:3], 1)}
+        self.device = torch.get_default_device()
+        try:
+            self.handle = cudnn.create_handle()
+        except RuntimeError as error:  # so its bindings say that the library does not load
+            raise ImportError(f"cuDNN does not start: {error}") from None
+
+    def forward(self, training: bool):
+        """Compute [out], or [out, stats] for a backward pass, from q, k and v."""
+        graph = self._graph()
+        given = [self._tensor(graph, name) for name in "qkv"]
+        out, stats = graph.sdpa(*given, generate_stats=training, attn_scale=self.w.scale, **self._mask())
+        return self._planned(graph, given, {"out": out} | ({"stats": stats} if training else {}))
+
+    def backward(self):
+        """Compute [dq, dk, dv] from q, k, v, out, dout and stats."""
+        graph = self._graph()
+        given = [self._tensor(graph, name) for name in ("q", "k", "v", "out", "dout", "stats")]
+        made = graph.sdpa_backward(*given, attn_scale=self.w.scale, **self._mask())
+        try:
+            return self._planned(graph, given, dict(zip("qkv", made, strict=True)))
+        except Unsupported as error:
+            raise Unsupported(f"forward only: {error}") from None
+
+    def _graph(self):
+        single = self.cudnn.data_type.FLOAT
+        return self.cudnn.pygraph(
+            io_data_type=self.dtype, intermediate_data_type=single, compute_data_type=single, handle=self.handle
+        )
+
+    def _tensor(self, graph, name: str):
+        return graph.tensor(name=name, dim=list(self.shapes[name]), stride=self._strides(name), data_type=self._type(name))
+
+    def _strides(self, name: str) -> list[int]:
+        shape = self.shapes[name]
+        return [math.prod(shape[dim + 1 :]) for dim in range(4)]
+
+    def _type(self, name: str):
+        return self.cudnn.data_type.FLOAT if name == "stats" else self.dtype
+
+    def _planned(self, graph, given: list, made: dict[str, Any]):
+        """A function of the tensors `given`; it returns those that are `made`, by the names of their shapes."""
+        for name, tensor in made.items():
+            shape, strides = list(self.shapes[name]), self._strides(name)
+            tensor.set_output(True).set_dim(shape).set_stride(strides).set_data_type(self._type(name))
+        try:
+            graph.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
+        except (self.cudnn.cudnnGraphNotSupportedError, NotImplementedError) as error:
+            raise Unsupported(f"cuDNN: {_reason(error)}") from None
+        workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=self.device)
+        dtypes = {"stats": torch.float32}
+        outputs = [(tensor, self.shapes[name], dtypes.get(name, self.w.dtype)) for name, tensor in made.items()]
+        # as torch's own generated code asks: `torch.cuda.current_stream` builds an object, for some 10 µs
+        device, stream_of = torch.cuda.current_device(), torch._C._cuda_getCurrentRawStream
+
+        def run(*inputs):
+            tensors = dict(zip(given, inputs, strict=True))
+            results = []
+            for tensor, shape, dtype in outputs:
+                tensors[tensor] = inputs[0].new_empty(shape, dtype=dtype)
+                results.append(tensors[tensor])
+            stream = stream_of(device)
+            if stream != self.stream:  # telling cuDNN costs more than asking torch
+                self.cudnn.set_stream(self.handle, stream)
+                self.stream = stream
+            graph.execute(tensors, workspace, handle=self.handle)
+            return results
+
+        return run
+
+    def _mask(self) -> dict:
+        """The band of visible keys around the diagonal: none to the right, `window` of them to the left, one's own counted."""
+        w, alignment = self.w, self.cudnn.diagonal_alignment
+        if not w.causal or (w.q_len == 1 and not w.window):  # the last query sees every key
+            return {}
+        corner = alignment.TOP_LEFT if w.q_len == w.kv_len else alignment.BOTTOM_RIGHT
+        mask = {"diagonal_alignment": corner, "diagonal_band_right_bound": 0}
+        return mask | ({"diagonal_band_left_bound": w.window} if w.window else {})
+
+
+class _Trained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attend, differentiate, q, k, v):
+        out, stats = attend(q, k, v)
+        ctx.differentiate = differentiate
+        ctx.save_for_backward(q, k, v, out, stats)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, stats = ctx.saved_tensors
+        return None, None, *ctx.differentiate(q, k, v, out, dout.contiguous(), stats)
 
 
 def _reason(error: Exception) -> str:
     """Why cuDNN itself declined, without the reasons of engines for other GPUs that the message goes on with."""
     text = " ".join(str(error).split()).partition("; python engines declined")[0]
     return text.partition("the backend declined: ")[2] or text or "no plan for this graph"
-
-
-def _mask(w: Workload, alignment) -> dict:
-    """The band of visible keys around the diagonal: none to the right, `window` of them to the left, one's own counted."""
-    if not w.causal or (w.q_len == 1 and not w.window):  # the last query sees every key
-        return {}
-    corner = alignment.TOP_LEFT if w.q_len == w.kv_len else alignment.BOTTOM_RIGHT
-    mask = {"diagonal_alignment": corner, "diagonal_band_right_bound": 0}
-    return mask | ({"diagonal_band_left_bound": w.window} if w.window else {})

@@ -45,6 +45,14 @@ def judged(name, text):
     return problem.judge(case, kernel)
 
 
+def judged_gradients(name, text):
+    w = Workload.parse(text)
+    case = Case(w, REGISTRY[name], "cpu", "backward")
+    problem = Problem(w, "cpu", 0)
+    kernel = problem.build(case).kernel
+    return problem.judge_gradients(case, kernel, problem.first_pass(case, kernel))
+
+
 def unsupported(name, text):
     w = Workload.parse(text)
     with pytest.raises(Unsupported) as caught:
@@ -109,9 +117,9 @@ class Named(types.SimpleNamespace):
 
 
 class Graph:
-    """One attention node, computed when executed."""
+    """One attention node, or its backward pass, computed when executed."""
 
-    refuses = ""
+    refuses = refuses_backward = ""
 
     def __init__(self, **_):
         self.stream = None
@@ -121,9 +129,16 @@ class Graph:
         return Named(name=name, data_type=data_type)
 
     def sdpa(self, q, k, v, generate_stats, **wanted):
-        assert not generate_stats
-        self.operands, self.wanted, self.o = (q, k, v), wanted, Named(name="o")
-        return self.o, None
+        self.operands, self.wanted = (q, k, v), wanted
+        self.results = (Named(name="o"), Named(name="stats") if generate_stats else None)
+        return self.results
+
+    def sdpa_backward(self, q, k, v, o, dO, stats, **wanted):
+        self.refuses = self.refuses or self.refuses_backward
+        self.operands, self.wanted = (q, k, v, o, dO, stats), wanted
+        self.results = tuple(Named(name=f"d{name}") for name in "qkv")
+        assert len({tensor.name for tensor in self.operands}) == 6
+        return self.results
 
     def build(self, _heuristics):
         if self.refuses:
@@ -134,12 +149,32 @@ class Graph:
 
     def execute(self, tensors, workspace, handle):
         assert (workspace.dtype, handle) == (torch.uint8, "handle")
-        q, k, v = (tensors[operand] for operand in self.operands)
+        assert set(tensors) == {*self.operands, *filter(None, self.results)}
+        assert all(tensor.is_contiguous() for tensor in tensors.values())
+        inputs = [tensors[operand] for operand in self.operands]
+        found = self._forward(*inputs) if len(inputs) == 3 else self._backward(*inputs)
+        for made, value in zip(self.results, found, strict=True):
+            if made:
+                tensors[made].copy_(value)
+
+    def _attention(self, q, k, v):
         wanted = self.wanted
         right, left = wanted.get("diagonal_band_right_bound"), wanted.get("diagonal_band_left_bound", 0)
         alignment = wanted.get("diagonal_alignment", "bottom right")
         assert alignment == "bottom right" or q.shape[2] == k.shape[2]
-        tensors[self.o].copy_(attention_over(q, k, v, causal=right == 0, window=left, scale=wanted["attn_scale"]))
+        return attention_over(q, k, v, causal=right == 0, window=left, scale=wanted["attn_scale"])
+
+    def _forward(self, q, k, v):
+        out = self._attention(q, k, v)
+        return out, out.float().norm(dim=-1, keepdim=True)  # statistics that the backward pass can know again
+
+    def _backward(self, q, k, v, out, dout, stats):
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        with torch.enable_grad():
+            again = self._attention(q, k, v)
+        assert torch.equal(again, out)
+        assert torch.equal(stats, out.float().norm(dim=-1, keepdim=True))
+        return torch.autograd.grad(again, (q, k, v), dout)
 
 
 @pytest.fixture
@@ -173,6 +208,7 @@ def cudnn(monkeypatch):
 )
 def test_cudnn(text):
     assert not judged("cudnn-frontend", text).disqualified
+    assert not judged_gradients("cudnn-frontend", text).failure
 
 
 @pytest.mark.parametrize(
@@ -194,6 +230,14 @@ def test_what_cudnn_refuses(cudnn, monkeypatch, said, reason):
 
         monkeypatch.setattr(Graph, "build", refuse)
         assert unsupported("cudnn-frontend", "b1-h2-s64-d64-bf16") == reason
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_a_cudnn_without_this_backward_pass_is_forward_only(monkeypatch):
+    monkeypatch.setattr(Graph, "refuses_backward", "(the backend declined: no dgrad at head dim 256; python engines declined: x)")
+    assert not judged("cudnn-frontend", "b1-h2-s64-d64-bf16").disqualified
+    with pytest.raises(Unsupported, match=r"^forward only: cuDNN: no dgrad at head dim 256$"):
+        judged_gradients("cudnn-frontend", "b1-h2-s64-d64-bf16")
 
 
 @pytest.mark.usefixtures("cudnn")
