@@ -10,7 +10,8 @@ from fakes import Rounds
 
 from attn_impls.harness import clock as clocks
 from attn_impls.harness import measure
-from attn_impls.harness.clock import FIRST_CYCLES, LEAD_CYCLES, DeviceClock, HostClock, Subject, calibrate
+from attn_impls.harness.calibration import calibrate
+from attn_impls.harness.clock import FIRST_CYCLES, LEAD_CYCLES, DeviceClock, HostClock, Subject
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
@@ -191,28 +192,6 @@ def test_agree_sees_device_time_without_the_overhead():
     gpu, seen = FakeGpu(event_seconds=3e-6), []
     sample(DeviceClock(gpu, 3e-6, agree=lambda *said: seen.append(said[0]) or said), gpu.call(KERNEL))
     assert seen == pytest.approx([KERNEL], rel=1e-9)
-
-
-def test_calibrate_gives_the_bracket_without_the_spin_in_it():
-    gpu = FakeGpu(event_seconds=2.2e-6, empty_spin=1.3e-6)
-    found = calibrate(gpu, lambda: 1.3e-6)
-    assert found.seconds == pytest.approx(2.2e-6, rel=1e-6)
-    assert found.empty_spin == pytest.approx(3.5e-6, rel=1e-6)
-    assert "minus" in found.source
-    assert sample(DeviceClock(gpu, found.seconds), gpu.call(KERNEL)).seconds == pytest.approx(KERNEL, rel=1e-6)
-
-
-def test_calibrate_without_a_profiler_says_so():
-    gpu = FakeGpu(event_seconds=2.2e-6, empty_spin=1.3e-6)
-    found = calibrate(gpu, lambda: None)
-    assert found.seconds == pytest.approx(2.2e-6, rel=1e-6)
-    assert found.empty_spin == pytest.approx(3.5e-6, rel=1e-6)
-    assert "no kernel times" in found.source
-    assert found.source != calibrate(gpu, lambda: 1.3e-6).source
-
-
-def test_an_overhead_is_never_negative():
-    assert calibrate(FakeGpu(event_seconds=1e-6), lambda: 5e-6).seconds == 0.0
 
 
 def test_median_seconds_leaves_the_warm_up_out():

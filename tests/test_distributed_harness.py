@@ -52,6 +52,7 @@ def test_two_ranks_speak_with_one_voice(suite_copy):
     chosen = ("--impl", "handcrafted,flash_attn3", "--workload", "b1-h8kv4-s64-d32-causal-fp32", "--rounds", "20")
     run = torchrun(folder, "--benchmark-only", "--benchmark-json=run.json", "--warmup-rounds", "1", *chosen)
     check_one_voice(run, 2)
+    assert not list((folder / "tmp").glob("attn-impls-*"))
     document = json.loads((folder / "run.json").read_text())
     check_facts(document, 2)
     assert [b["extra_info"]["form"] for b in document["benchmarks"]] == list(FORMS)

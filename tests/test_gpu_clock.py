@@ -9,7 +9,8 @@ from fakes import Rounds
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_impls.harness import measure, profile
-from attn_impls.harness.clock import CudaDriver, DeviceClock, Subject, calibrate, median_seconds
+from attn_impls.harness.calibration import calibrate
+from attn_impls.harness.clock import CudaDriver, DeviceClock, Subject, median_seconds
 
 pytestmark = pytest.mark.gpu
 

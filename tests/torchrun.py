@@ -51,10 +51,11 @@ def environment():
 def start(folder, *arguments, ranks=2, launcher=()):
     launcher = launcher or ("--standalone", "--nproc-per-node", str(ranks))
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "pytest", *PLAIN, *arguments]
+    (folder / "tmp").mkdir(exist_ok=True)
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(),
+        env=environment() | {"TMPDIR": str(folder / "tmp")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

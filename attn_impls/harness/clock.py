@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -270,25 +269,3 @@ def median_seconds(clock: Clock, call: Callable[[], Any], rounds: int, warmup: i
         clock.prepare(subject)
         clock.sample(subject)
     return statistics.median(sample.seconds for sample in subject.samples[warmup:])
-
-
-class Overhead(NamedTuple):
-    """What the two events of a bracket add to the kernel between them, and what they read beside the cycles of a spin."""
-
-    seconds: float
-    empty_spin: float
-    source: str
-
-
-def calibrate(driver: Driver, spin_seconds: Callable[[], float | None]) -> Overhead:
-    """The bracket's own time: around an empty spin, minus that kernel's duration as the profiler gives it."""
-    clock = DeviceClock(driver)
-    bracket = median_seconds(clock, lambda: driver.spin(0), rounds=50, warmup=10)
-    # two spins, one four times the other, tell the cycles from what comes with them (about 1 µs more than an empty spin has)
-    short, long = (median_seconds(clock, partial(driver.spin, n * FIRST_CYCLES), rounds=25, warmup=5) for n in (1, 4))
-    beside = short - (long - short) / 3
-    kernel = spin_seconds()
-    if kernel is None:
-        empty = median_seconds(clock, lambda: None, rounds=50)
-        return Overhead(empty, beside, "empty bracket: the profiler gave no kernel times")
-    return Overhead(max(0.0, bracket - kernel), beside, "bracket around an empty spin, minus that kernel in CUPTI")

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ..parallel.collectives import all_gather, reduce_scatter
 from ..parallel.plan import Traffic
 from . import measure
-from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, Sample, Subject, median_seconds
+from .calibration import Overhead
+from .clock import Clock, CudaDriver, DeviceClock, HostClock, Sample, Subject, median_seconds
 from .ranks import Ranks
 
 PROBE_ROUNDS = 10

@@ -16,8 +16,9 @@ import torch
 
 from ..registry import REGISTRY, Implementation, Kernel, Unsupported
 from . import environment, journal, limits, makespan, measure, probes, profile, resume
+from .calibration import Overhead, calibrate
 from .case import Broken, Case, CaseFailed, DeviceLost, forget, guard, out_of_memory, release
-from .clock import Clock, CudaDriver, DeviceClock, HostClock, Overhead, calibrate
+from .clock import Clock, CudaDriver, DeviceClock, HostClock
 from .identity import identity
 from .journal import Journal
 from .judge import Problem
