@@ -21,15 +21,15 @@ def cudnn_frontend(w: Workload):
     if w.softcap:
         raise Unsupported("cuDNN's fused attention has a softcap only as a score modifier, which excludes masks")
     plans = _Plans(w)
-    attend = plans.forward(training=False)
+    attend = plans.inference()
     trained = None
 
     def kernel(q, k, v):
         nonlocal trained
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            trained = trained or (plans.forward(training=True), plans.backward())
+            trained = trained or (plans.training(), plans.backward())
             return _Trained.apply(*trained, q, k, v)
-        return attend(q, k, v)[0]
+        return attend(q, k, v)
 
     return kernel
 
@@ -51,22 +51,54 @@ class _Plans:
         except RuntimeError as error:  # so its bindings say that the library does not load
             raise ImportError(f"cuDNN does not start: {error}") from None
 
-    def forward(self, training: bool):
-        """Compute [out], or [out, stats] for a backward pass, from q, k and v."""
-        graph = self._graph()
-        given = [self._tensor(graph, name) for name in "qkv"]
-        out, stats = graph.sdpa(*given, generate_stats=training, attn_scale=self.w.scale, **self._mask())
-        return self._planned(graph, given, {"out": out} | ({"stats": stats} if training else {}))
+    def inference(self):
+        """Compute out from q, k and v."""
+        graph, (of_q, of_k, of_v), of_out, _ = self._forward(generate_stats=False)
+        run, shape = self._planned(graph, {"out": of_out}), self.shapes["out"]
+
+        def attend(q, k, v):
+            out = q.new_empty(shape)
+            run({of_q: q, of_k: k, of_v: v, of_out: out})
+            return out
+
+        return attend
+
+    def training(self):
+        """Compute out, and stats for the backward pass, from q, k and v."""
+        graph, given, of_out, of_stats = self._forward(generate_stats=True)
+        run, shapes = self._planned(graph, {"out": of_out, "stats": of_stats}), self.shapes
+        nodes = *given, of_out, of_stats
+
+        def attend(q, k, v):
+            out, stats = q.new_empty(shapes["out"]), q.new_empty(shapes["stats"], dtype=torch.float32)
+            run(dict(zip(nodes, (q, k, v, out, stats), strict=True)))
+            return out, stats
+
+        return attend
 
     def backward(self):
-        """Compute [dq, dk, dv] from q, k, v, out, dout and stats."""
+        """Compute dq, dk and dv from q, k, v, out, dout and stats."""
         graph = self._graph()
         given = [self._tensor(graph, name) for name in ("q", "k", "v", "out", "dout", "stats")]
         made = graph.sdpa_backward(*given, attn_scale=self.w.scale, **self._mask())
         try:
-            return self._planned(graph, given, dict(zip("qkv", made, strict=True)))
+            run = self._planned(graph, dict(zip("qkv", made, strict=True)))
         except Unsupported as error:
             raise Unsupported(f"forward only: {error}") from None
+        nodes = *given, *made
+
+        def differentiate(*tensors):
+            gradients = [torch.empty_like(tensor) for tensor in tensors[:3]]
+            run(dict(zip(nodes, (*tensors, *gradients), strict=True)))
+            return gradients
+
+        return differentiate
+
+    def _forward(self, generate_stats: bool):
+        graph = self._graph()
+        given = [self._tensor(graph, name) for name in "qkv"]
+        made = graph.sdpa(*given, generate_stats=generate_stats, attn_scale=self.w.scale, **self._mask())
+        return graph, given, *made
 
     def _graph(self):
         single = self.cudnn.data_type.FLOAT
@@ -84,8 +116,8 @@ class _Plans:
     def _type(self, name: str):
         return self.cudnn.data_type.FLOAT if name == "stats" else self.dtype
 
-    def _planned(self, graph, given: list, made: dict[str, Any]):
-        """A function of the tensors `given`; it returns those that are `made`, by the names of their shapes."""
+    def _planned(self, graph, made: dict[str, Any]):
+        """Plan a graph that makes tensors of these shapes. Returns what runs it over memory, by node."""
         for name, tensor in made.items():
             shape, strides = list(self.shapes[name]), self._strides(name)
             tensor.set_output(True).set_dim(shape).set_stride(strides).set_data_type(self._type(name))
@@ -94,23 +126,16 @@ class _Plans:
         except (self.cudnn.cudnnGraphNotSupportedError, NotImplementedError) as error:
             raise Unsupported(f"cuDNN: {_reason(error)}") from None
         workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=self.device)
-        dtypes = {"stats": torch.float32}
-        outputs = [(tensor, self.shapes[name], dtypes.get(name, self.w.dtype)) for name, tensor in made.items()]
         # as torch's own generated code asks: `torch.cuda.current_stream` builds an object, for some 10 µs
         device, stream_of = torch.cuda.current_device(), torch._C._cuda_getCurrentRawStream
+        execute, handle = graph.execute, self.handle
 
-        def run(*inputs):
-            tensors = dict(zip(given, inputs, strict=True))
-            results = []
-            for tensor, shape, dtype in outputs:
-                tensors[tensor] = inputs[0].new_empty(shape, dtype=dtype)
-                results.append(tensors[tensor])
+        def run(tensors):
             stream = stream_of(device)
             if stream != self.stream:  # telling cuDNN costs more than asking torch
-                self.cudnn.set_stream(self.handle, stream)
+                self.cudnn.set_stream(handle, stream)
                 self.stream = stream
-            graph.execute(tensors, workspace, handle=self.handle)
-            return results
+            execute(tensors, workspace, handle=handle)
 
         return run
 
