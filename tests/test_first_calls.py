@@ -1,14 +1,16 @@
-"""First calls: what they alone get wrong, and the inputs that they change."""
+"""First calls: what they alone get wrong, and the inputs that they change; and what later calls alone get wrong."""
 
 import math
 from functools import partial
 
 import pytest
+from test_gradients import RIGHT, case_of
 from test_judge import W, good, good_bshd
 
 from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.judge import Problem
 from attn_impls.registry import Implementation
+from attn_impls.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,3 +68,16 @@ def test_what_a_first_call_or_pass_changes_is_told(problem_of_w):
     case = Case(W, Implementation("mine", lambda _: vandal), "cpu", "backward")
     with pytest.raises(CaseFailed, match=r"^mine changed dout, its upstream gradient, in its first backward pass$"):
         problem_of_w.first_pass(case, vandal)
+
+
+@pytest.mark.parametrize("number", [2, 3, 12, 24, 40])
+def test_a_call_after_many_that_is_wrong_shows_on_a_tiny_workload(number):
+    w = Workload.parse("b2-h4kv2-q3kv7-d64-causal-fp32")
+    calls = 0
+
+    def tiring(*x):
+        nonlocal calls
+        calls += 1
+        return RIGHT(w)(*x) * (1 if calls < number else 0.5)
+
+    assert "its worst row errs" in Problem(w, "cpu", 0).judge(case_of(lambda _: tiring, w), tiring).failure

@@ -10,6 +10,7 @@ from attn_impls.harness import judge
 from attn_impls.harness.backward_steps import BackwardSteps, broken
 from attn_impls.harness.judge import Problem
 from attn_impls.harness.mutation import WORKLOADS
+from attn_impls.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,7 +122,7 @@ def keeping(few):
     return lambda _w: Attention.apply
 
 
-def in_turn(slots):
+def in_turn(slots, w=WORKLOADS[3]):
     """Attention whose forward passes leave their inputs in some slots in turn, where their backward passes find them."""
     ring: list[tuple] = [()] * slots
     passes = 0
@@ -133,13 +134,13 @@ def in_turn(slots):
             ctx.slot = passes % slots
             passes += 1
             ring[ctx.slot] = x
-            return RIGHT(WORKLOADS[3])(*x)
+            return RIGHT(w)(*x)
 
         @staticmethod
         def backward(ctx, dout):
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_() for x in ring[ctx.slot]]
-                return torch.autograd.grad(RIGHT(WORKLOADS[3])(*leaves), leaves, dout)
+                return torch.autograd.grad(RIGHT(w)(*leaves), leaves, dout)
 
     return lambda _w: Attention.apply
 
@@ -150,6 +151,15 @@ def test_passes_that_share_a_slot_show_whatever_their_period(slots):
     build = in_turn(slots)
     assert Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
     build = in_turn(12)
+    assert not Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
+
+
+@pytest.mark.parametrize("slots", [6, 8, 12, 14])
+def test_passes_that_share_a_slot_of_many_show_on_a_tiny_workload(slots):
+    w = Workload.parse("b2-h4kv2-q3kv7-d64-causal-fp32")
+    build = in_turn(slots, w)
+    assert Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
+    build = in_turn(24, w)
     assert not Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
 
 

@@ -20,6 +20,7 @@ from .verdict import Verdict, worst_of
 
 POISON_BYTES = 2**28
 SMALL_PAIRS = 2**24  # of queries and keys: four layers of plain attention in memory that does not matter
+TINY_PAIRS, TINY_CALLS, TINY_LAYERS = 2**11, 24, 16  # so small that many cost nothing: what goes wrong after some shows
 
 
 class Problem(Known):
@@ -49,9 +50,17 @@ class Problem(Known):
             raise CaseFailed(f"{case.implementation.name} {complaint} in its first {what}")
 
     @property
-    def _small(self) -> bool:
+    def _pairs(self) -> int:
         w = self.workload
-        return w.batch * w.heads * w.q_len * w.kv_len <= SMALL_PAIRS
+        return w.batch * w.heads * w.q_len * w.kv_len
+
+    @property
+    def _layers(self) -> list[int]:
+        """The inputs of the forward passes before a first backward pass. A kernel that keeps the tensors of fewer shows; of
+        equal ones in turn it would not."""
+        if self._pairs > SMALL_PAIRS:
+            return [0, 1]
+        return [0, 0, 1, 1] * (TINY_LAYERS // 4 if self._pairs <= TINY_PAIRS else 1)
 
     def judge_gradients(self, case: Case, kernel: Kernel, first: backward.Pass | None = None) -> Verdict:
         """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
@@ -63,9 +72,8 @@ class Problem(Known):
         layout = case.implementation.layout
         natives = [inputs.as_layout(layout) for inputs in self.trained]
         douts = [as_layout(dout, layout) for dout in self.douts]
-        # four layers at once, or two: a kernel that keeps the tensors of fewer shows; of equal ones in turn it would not
-        layers = [0, 0, 1, 1] if self._small else [0, 1]
-        twice: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # on the needles, on the plain inputs
+        layers = self._layers
+        twice: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # or more often: on the needles, on the plain inputs
         while len(twice[1]) < 2:
             poison(self.workload, self.device)
             passes = backward.passes(case, kernel, [natives[n] for n in layers], [douts[n] for n in layers])
@@ -92,7 +100,7 @@ class Problem(Known):
     def _training_output(self, known: Reference, twice: list[backward.Pass], complaint: str) -> Verdict:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
         outs = [one.out for one in twice]
-        of, repeatable = "the output of its training pass", torch.equal(*outs)
+        of, repeatable = "the output of its training pass", _alike(outs)
         complaint = complaint or next(filter(None, (*(nan_rows(out, of) for out in outs), *(one.complaint for one in twice))), "")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=of)
@@ -101,7 +109,7 @@ class Problem(Known):
 
     def _gradient_verdict(self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None) -> Verdict:
         """Of one gradient for one of the inputs."""
-        repeatable = torch.equal(*twice)
+        repeatable = _alike(twice)
         complaint = nan_rows(twice[0], f"d{name}")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=f"d{name}")
@@ -118,7 +126,8 @@ class Problem(Known):
         )
 
     def judge(self, case: Case, kernel: Kernel, first: torch.Tensor | None = None) -> Verdict:
-        """Run the kernel twice on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if it raises.
+        """Run the kernel twice, or TINY_CALLS times, on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if
+        it raises.
 
         Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
         first: what its first call, on the plain inputs, put out, in its layout.
@@ -132,11 +141,11 @@ class Problem(Known):
             for there, values in zip(native, original, strict=True):
                 there.copy_(in_layout(values, layout))
             outs = []
-            for _ in range(2):
+            for _ in range(TINY_CALLS if self._pairs <= TINY_PAIRS else 2):
                 poison(self.workload, self.device)
                 out = call(case, kernel, native)
                 outs.append(as_bhsd(out, layout).clone())  # a kernel may hand out the same buffer again
-            repeatable &= torch.equal(*outs)
+            repeatable &= _alike(outs)
             complaint = complaint_of(outs[0], original, native, layout)
             if complaint:
                 return Verdict(float("inf"), float("inf"), None, None, repeatable, complaint=complaint)
@@ -162,6 +171,10 @@ class Problem(Known):
         named = zip("qkv", parts, strict=True)
         found = [worst_row(part, part[:, heads[name]], known[name], f"d{name}") for name, part in named]
         return max(found, key=lambda one: one[0])
+
+
+def _alike(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, tensors[0]) for tensor in tensors[1:])
 
 
 def with_first(verdict: Verdict, what: str, found: tuple[float, str]) -> Verdict:
