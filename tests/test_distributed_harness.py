@@ -248,10 +248,13 @@ def test_two_nodes_over_loopback(suite_copy):
 
 @pytest.mark.slow
 def test_nothing_selected_is_no_crash(suite_copy):
-    run = torchrun(suite_copy(), "-k", "no_such_test")
-    assert run.code == 0
-    assert "no distributed test was selected" in run.out
-    assert "Traceback" not in run.out
+    folder, one_gpu = suite_copy(), "forward+backward is timed on one GPU only"
+    for chosen, says in (("-k", "no_such_test"), False), (("--benchmark-only", "--direction", "forward+backward"), True):
+        run = torchrun(folder, *chosen)
+        assert run.code == 0
+        assert "no distributed test was selected" in run.out
+        assert (one_gpu in run.out) == says
+        assert "Traceback" not in run.out
 
 
 @pytest.mark.slow

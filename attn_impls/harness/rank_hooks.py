@@ -129,6 +129,8 @@ class RankHooks:
             terminalreporter.write_line(
                 "no distributed test was selected: nothing ran (exit 0, or torchrun would report a crash)"
             )
+            if self.session.selection.directions == ("forward+backward",):
+                terminalreporter.write_line("forward+backward is timed on one GPU only: give --direction forward or backward")
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
