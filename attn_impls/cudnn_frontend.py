@@ -1,4 +1,4 @@
-"""cuDNN's fused attention through its own graph API, planned in the builder. https://github.com/NVIDIA/cudnn-frontend"""
+"""cuDNN's fused attention through its own graph API, forward and backward. https://github.com/NVIDIA/cudnn-frontend"""
 
 import math
 from typing import Any
@@ -16,6 +16,7 @@ from attn_impls import Unsupported, Workload, attention
     install="pip install nvidia-cudnn-frontend",
 )
 def cudnn_frontend(w: Workload):
+    """The forward plan is made here, those for training in the first call that wants a gradient. One call at a time."""
     if w.dtype == torch.float32:
         raise Unsupported("cuDNN's fused attention takes fp16 and bf16 only")
     if w.softcap:
@@ -27,11 +28,18 @@ def cudnn_frontend(w: Workload):
     def kernel(q, k, v):
         nonlocal trained
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            trained = trained or (plans.training(), plans.backward())
+            trained = trained or _for_training(w, plans)
             return _Trained.apply(*trained, q, k, v)
         return attend(q, k, v)
 
     return kernel
+
+
+def _for_training(w: Workload, plans: "_Plans"):
+    try:
+        return plans.training(), _Plans(w).backward()  # whose thread is autograd's: a handle of its own
+    except Unsupported as error:
+        raise Unsupported(f"forward only: {error}") from None
 
 
 class _Plans:
@@ -45,7 +53,6 @@ class _Plans:
         self.dtype = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[w.dtype]
         out = w.shapes()["out"]
         self.shapes = w.shapes() | {"dout": out, "stats": (*out[:3], 1)}
-        self.device = torch.get_default_device()
         try:
             self.handle = cudnn.create_handle()
         except RuntimeError as error:  # so its bindings say that the library does not load
@@ -58,7 +65,7 @@ class _Plans:
 
         def attend(q, k, v):
             out = q.new_empty(shape)
-            run({of_q: q, of_k: k, of_v: v, of_out: out})
+            run({of_q: q, of_k: k, of_v: v, of_out: out}, out)
             return out
 
         return attend
@@ -71,7 +78,7 @@ class _Plans:
 
         def attend(q, k, v):
             out, stats = q.new_empty(shapes["out"]), q.new_empty(shapes["stats"], dtype=torch.float32)
-            run(dict(zip(nodes, (q, k, v, out, stats), strict=True)))
+            run(dict(zip(nodes, (q, k, v, out, stats), strict=True)), out)
             return out, stats
 
         return attend
@@ -81,15 +88,12 @@ class _Plans:
         graph = self._graph()
         given = [self._tensor(graph, name) for name in ("q", "k", "v", "out", "dout", "stats")]
         made = graph.sdpa_backward(*given, attn_scale=self.w.scale, **self._mask())
-        try:
-            run = self._planned(graph, dict(zip("qkv", made, strict=True)))
-        except Unsupported as error:
-            raise Unsupported(f"forward only: {error}") from None
+        run = self._planned(graph, dict(zip("qkv", made, strict=True)))
         nodes = *given, *made
 
         def differentiate(*tensors):
             gradients = [torch.empty_like(tensor) for tensor in tensors[:3]]
-            run(dict(zip(nodes, (*tensors, *gradients), strict=True)))
+            run(dict(zip(nodes, (*tensors, *gradients), strict=True)), gradients[0])
             return gradients
 
         return differentiate
@@ -117,7 +121,7 @@ class _Plans:
         return self.cudnn.data_type.FLOAT if name == "stats" else self.dtype
 
     def _planned(self, graph, made: dict[str, Any]):
-        """Plan a graph that makes tensors of these shapes. Returns what runs it over memory, by node."""
+        """Plan a graph that makes tensors of these shapes. Returns a function of all its tensors, by node, and one it makes."""
         for name, tensor in made.items():
             shape, strides = list(self.shapes[name]), self._strides(name)
             tensor.set_output(True).set_dim(shape).set_stride(strides).set_data_type(self._type(name))
@@ -125,16 +129,19 @@ class _Plans:
             graph.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
         except (self.cudnn.cudnnGraphNotSupportedError, NotImplementedError) as error:
             raise Unsupported(f"cuDNN: {_reason(error)}") from None
-        workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=self.device)
+        size = graph.get_workspace_size()
         # as torch's own generated code asks: `torch.cuda.current_stream` builds an object, for some 10 µs
         device, stream_of = torch.cuda.current_device(), torch._C._cuda_getCurrentRawStream
         execute, handle = graph.execute, self.handle
 
-        def run(tensors):
+        def run(tensors, output):
             stream = stream_of(device)
             if stream != self.stream:  # telling cuDNN costs more than asking torch
                 self.cudnn.set_stream(handle, stream)
                 self.stream = stream
+            # made in the call, as SDPA's is: it is memory that the call holds, and no two streams share it. Of no bytes, as
+            # forward passes want, it may be anything.
+            workspace = output.new_empty(size, dtype=torch.uint8) if size else output
             execute(tensors, workspace, handle=handle)
 
         return run
@@ -150,6 +157,8 @@ class _Plans:
 
 
 class _Trained(torch.autograd.Function):
+    """Not differentiable twice; where dout needs no gradient, `create_graph` goes unheard."""
+
     @staticmethod
     def forward(ctx, attend, differentiate, q, k, v):
         out, stats = attend(q, k, v)

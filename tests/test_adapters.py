@@ -1,4 +1,4 @@
-"""What the adapters of sage, cuDNN's frontend and FlashInfer ask of their libraries, which stand-ins here compute on the CPU."""
+"""What the adapters of sage and FlashInfer ask of their libraries, which stand-ins here compute on the CPU."""
 
 import sys
 import types
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attn_impls import Unsupported
-from attn_impls.harness.case import Broken, Case, build
+from attn_impls.harness.case import Case, build
 from attn_impls.harness.inputs import Inputs, plain
 from attn_impls.harness.judge import Problem
 from attn_impls.harness.oracle import attend
@@ -43,14 +43,6 @@ def judged(name, text):
     problem = Problem(w, "cpu", 0)
     kernel = build(case, problem.plain.as_layout(case.implementation.layout)).kernel
     return problem.judge(case, kernel)
-
-
-def judged_gradients(name, text):
-    w = Workload.parse(text)
-    case = Case(w, REGISTRY[name], "cpu", "backward")
-    problem = Problem(w, "cpu", 0)
-    kernel = problem.build(case).kernel
-    return problem.judge_gradients(case, kernel, problem.first_pass(case, kernel))
 
 
 def unsupported(name, text):
@@ -102,158 +94,6 @@ def test_what_sage_cannot_do(text, reason):
 def test_another_version_of_sage(monkeypatch):
     monkeypatch.setattr(Implementation, "version", "2.2.0")
     assert "2.2.0 is installed" in unsupported("sage", "b1-h2-s64-d64-bf16")
-
-
-# cuDNN's frontend
-
-
-class Named(types.SimpleNamespace):
-    """A tensor of a graph; its setters return it."""
-
-    __hash__ = object.__hash__
-
-    def __getattr__(self, name):
-        return lambda *_: self
-
-
-class Graph:
-    """One attention node, or its backward pass, computed when executed."""
-
-    refuses = refuses_backward = ""
-
-    def __init__(self, **_):
-        self.stream = None
-
-    def tensor(self, name, dim, stride, data_type):
-        assert torch.empty(dim).stride() == tuple(stride)
-        return Named(name=name, data_type=data_type)
-
-    def sdpa(self, q, k, v, generate_stats, **wanted):
-        self.operands, self.wanted = (q, k, v), wanted
-        self.results = (Named(name="o"), Named(name="stats") if generate_stats else None)
-        return self.results
-
-    def sdpa_backward(self, q, k, v, o, dO, stats, **wanted):
-        self.refuses = self.refuses or self.refuses_backward
-        self.operands, self.wanted = (q, k, v, o, dO, stats), wanted
-        self.results = tuple(Named(name=f"d{name}") for name in "qkv")
-        assert len({tensor.name for tensor in self.operands}) == 6
-        return self.results
-
-    def build(self, _heuristics):
-        if self.refuses:
-            raise NotImplementedError(self.refuses)
-
-    def get_workspace_size(self):
-        return 0
-
-    def execute(self, tensors, workspace, handle):
-        assert (workspace.dtype, handle) == (torch.uint8, "handle")
-        assert set(tensors) == {*self.operands, *filter(None, self.results)}
-        assert all(tensor.is_contiguous() for tensor in tensors.values())
-        inputs = [tensors[operand] for operand in self.operands]
-        found = self._forward(*inputs) if len(inputs) == 3 else self._backward(*inputs)
-        for made, value in zip(self.results, found, strict=True):
-            if made:
-                tensors[made].copy_(value)
-
-    def _attention(self, q, k, v):
-        wanted = self.wanted
-        right, left = wanted.get("diagonal_band_right_bound"), wanted.get("diagonal_band_left_bound", 0)
-        alignment = wanted.get("diagonal_alignment", "bottom right")
-        assert alignment == "bottom right" or q.shape[2] == k.shape[2]
-        return attention_over(q, k, v, causal=right == 0, window=left, scale=wanted["attn_scale"])
-
-    def _forward(self, q, k, v):
-        out = self._attention(q, k, v)
-        return out, out.float().norm(dim=-1, keepdim=True)  # statistics that the backward pass can know again
-
-    def _backward(self, q, k, v, out, dout, stats):
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        with torch.enable_grad():
-            again = self._attention(q, k, v)
-        assert torch.equal(again, out)
-        assert torch.equal(stats, out.float().norm(dim=-1, keepdim=True))
-        return torch.autograd.grad(again, (q, k, v), dout)
-
-
-@pytest.fixture
-def cudnn(monkeypatch):
-    module = types.SimpleNamespace(
-        create_handle=lambda: "handle",
-        set_stream=lambda *_: None,
-        pygraph=Graph,
-        data_type=types.SimpleNamespace(HALF="half", BFLOAT16="bfloat16", FLOAT="float"),
-        diagonal_alignment=types.SimpleNamespace(TOP_LEFT="top left", BOTTOM_RIGHT="bottom right"),
-        heur_mode=types.SimpleNamespace(A="a", FALLBACK="fallback"),
-        cudnnGraphNotSupportedError=ValueError,
-    )
-    monkeypatch.setitem(sys.modules, "cudnn", module)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0, raising=False)
-    return module
-
-
-@pytest.mark.usefixtures("cudnn")
-@pytest.mark.parametrize(
-    "text",
-    [
-        "b2-h4kv2-s70-d64-bf16",
-        "b1-h4kv2-s70-d64-causal-fp16",
-        "b1-h2-q30kv70-d64-causal-bf16",
-        "b1-h2-q1kv70-d64-causal-bf16",
-        "b1-h2-q30kv70-d192v128-causal-win20-scale144-bf16",
-        "b1-h2-q1kv70-d64-causal-win20-bf16",
-    ],
-)
-def test_cudnn(text):
-    assert not judged("cudnn-frontend", text).disqualified
-    assert not judged_gradients("cudnn-frontend", text).failure
-
-
-@pytest.mark.parametrize(
-    ("said", "reason"),
-    [
-        (
-            "no engine proposed a plan (the backend declined: s_q > s_kv\n is not supported; python engines declined: sm100: no)",
-            "cuDNN: s_q > s_kv is not supported",
-        ),
-        ("head dims\nup to 256", "cuDNN: head dims up to 256"),
-        ("", "cuDNN: no plan for this graph"),
-    ],
-)
-def test_what_cudnn_refuses(cudnn, monkeypatch, said, reason):
-    for error in (cudnn.cudnnGraphNotSupportedError, NotImplementedError):
-
-        def refuse(_graph, _heuristics, error=error):
-            raise error(said)
-
-        monkeypatch.setattr(Graph, "build", refuse)
-        assert unsupported("cudnn-frontend", "b1-h2-s64-d64-bf16") == reason
-
-
-@pytest.mark.usefixtures("cudnn")
-def test_a_cudnn_without_this_backward_pass_is_forward_only(monkeypatch):
-    monkeypatch.setattr(Graph, "refuses_backward", "(the backend declined: no dgrad at head dim 256; python engines declined: x)")
-    assert not judged("cudnn-frontend", "b1-h2-s64-d64-bf16").disqualified
-    with pytest.raises(Unsupported, match=r"^forward only: cuDNN: no dgrad at head dim 256$"):
-        judged_gradients("cudnn-frontend", "b1-h2-s64-d64-bf16")
-
-
-@pytest.mark.usefixtures("cudnn")
-@pytest.mark.parametrize(("text", "reason"), [("b1-h2-s64-d64-fp32", "fp16 and bf16"), ("b1-h2-s64-d64-cap50-bf16", "softcap")])
-def test_what_cudnn_cannot_do(text, reason):
-    assert reason in unsupported("cudnn-frontend", text)
-
-
-def test_a_cudnn_that_does_not_start_is_broken(cudnn):
-    def create_handle():
-        raise RuntimeError("Unable to find symbol cudnnCreate")
-
-    cudnn.create_handle = create_handle
-    w = Workload.parse("b1-h2-s64-d64-bf16")
-    with pytest.raises(Broken, match=r"cuDNN does not start: Unable to find symbol cudnnCreate"):
-        build(Case(w, REGISTRY["cudnn-frontend"], "cpu"), plain(w, "cpu", 0))
 
 
 # FlashInfer

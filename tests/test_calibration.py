@@ -4,7 +4,7 @@ import pytest
 from fake_gpu import KERNEL, FakeGpu, sample
 
 from attn_impls.harness.calibration import calibrate
-from attn_impls.harness.clock import DeviceClock
+from attn_impls.harness.clock import FIRST_CYCLES, DeviceClock
 
 
 def test_calibrate_gives_the_bracket_without_the_spin_in_it():
@@ -16,19 +16,22 @@ def test_calibrate_gives_the_bracket_without_the_spin_in_it():
     assert sample(DeviceClock(gpu, found.seconds), gpu.call(KERNEL)).seconds == pytest.approx(KERNEL, rel=1e-6)
 
 
-def test_calibrate_while_the_card_s_clock_rises():
-    gpu = FakeGpu(mhz=1000.0, event_seconds=2.2e-6, empty_spin=1.3e-6)
-    spin = gpu.spin
+@pytest.mark.parametrize("factor", [1.0005, 1 / 1.0005])
+def test_calibrate_while_the_card_s_clock_rises_or_falls(factor):
+    gpu = FakeGpu(mhz=1400.0, event_seconds=2.2e-6, empty_spin=1.3e-6)
+    spin, longs = gpu.spin, 0
 
-    def faster(cycles):
-        gpu.mhz *= 1.0005
-        spin(cycles)
+    def drifting(cycles):
+        nonlocal longs
+        gpu.mhz *= factor
+        longs += cycles == 4 * FIRST_CYCLES
+        spin(cycles + 400_000 * (cycles == 4 * FIRST_CYCLES and longs == 15))  # and one takes longer than it should
 
-    gpu.spin = faster
+    gpu.spin = drifting
     found = calibrate(gpu, lambda: 1.3e-6)
-    assert gpu.mhz > 1400
+    assert 1.4 < max(gpu.mhz / 1400, 1400 / gpu.mhz) < 2
     assert found.seconds == pytest.approx(2.2e-6, rel=1e-6)
-    assert found.empty_spin == pytest.approx(3.5e-6, abs=0.5e-6)  # 6 µs off where one spin was measured after the other
+    assert found.empty_spin == pytest.approx(3.5e-6, abs=0.2e-6)  # 10 µs and more off where one spin came after the other
 
 
 def test_calibrate_without_a_profiler_says_so():

@@ -20,9 +20,10 @@ class Overhead(NamedTuple):
 
 
 def _empty_spin(clock: DeviceClock) -> float:
-    """What a bracket reads beside the cycles of a spin, by long spins between short ones. (1 µs more than an empty spin takes.)
+    """What a bracket around a spin reads beside the spin's cycles: some 1 µs more than one around an empty spin reads.
 
-    Each between two: the card's clock may rise or fall by half meanwhile, and does so when a session begins.
+    By long spins, each between two short ones: the card's clock may rise or fall meanwhile, and spins of one length after
+    those of another would take that for time beside the cycles.
     """
     short, long = (Subject(partial(clock.driver.spin, n * FIRST_CYCLES)) for n in (1, 4))
     for subject in [short, long] * 30 + [short]:

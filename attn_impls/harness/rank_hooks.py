@@ -138,7 +138,7 @@ class RankHooks:
         self.ranks.close(clean)
         if self.termination:
             self.termination.finished.set()
-        if self.temporary and self.ranks.rank == 0:
+        if self.temporary and self.ranks.local_rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if not clean:  # the groups hold threads that may never end, and would abort this process as it goes
             sys.stdout.flush()

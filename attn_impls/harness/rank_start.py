@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -118,9 +119,8 @@ def _quiet(config: pytest.Config) -> None:
 def _own_tmp_path(config: pytest.Config, ranks: Ranks, hooks: RankHooks) -> None:
     """Put each rank's tmp_path below one folder that rank 0 names, so that no two ranks number and clean the same."""
     given = config.option.basetemp
-    named = str(given or tempfile.mkdtemp(prefix="attn-impls-ranks-")) if ranks.rank == 0 else ""
-    base = Path(ranks.decided(named))
-    base.mkdir(parents=True, exist_ok=True)
+    base = Path(ranks.decided(str(given or Path(tempfile.gettempdir()) / f"attn-impls-ranks-{secrets.token_hex(4)}")))
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
     config.option.basetemp = base / f"rank{ranks.rank}"
     hooks.temporary = None if given else base
 
