@@ -299,6 +299,7 @@ def test_an_interrupted_gate_leaves_nothing(repository, tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "attn_impls", "gate", "--baseline=v1", "--candidate=v2"],
         cwd=below, env=os.environ | environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
