@@ -50,14 +50,17 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     selected, marker = session.selection, metafunc.definition.get_closest_marker("distributed")
     # without ranks the distributed tests are left out: one of each stands for the thousands that need not be made
     made = slice(1) if marker and not session.ranks else slice(None)
+    rare = metafunc.definition.get_closest_marker("rare")
     if "workload" in metafunc.fixturenames:
         more = selected.also_checked if metafunc.definition.get_closest_marker("correctness") else ()
-        metafunc.parametrize("workload", [*selected.workloads, *more][made], ids=str, indirect=True, scope="module")
+        workloads = selected.rare if rare else (*selected.workloads, *more)
+        metafunc.parametrize("workload", workloads[made], ids=str, indirect=True, scope="module")
     if "form" in metafunc.fixturenames:
         assert marker, "a test over forms is distributed, and its marker names the strategy"
         metafunc.parametrize("form", selected.forms[marker.kwargs["strategy"]][made], ids=lambda form: form.name)
     if "implementation" in metafunc.fixturenames:
-        implementations = selected.implementations[made]
+        implementations = [one for one in selected.implementations if not (rare and (one.compiles or session.unavailable(one)))]
+        implementations = implementations[made]
         metafunc.parametrize("implementation", implementations, ids=[one.name for one in implementations], indirect=True)
 
 
@@ -105,6 +108,8 @@ class _Timer:
 
 
 def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
+    if item.get_closest_marker("rare") and not session_of(config).selection.rare:  # pytest made one of the empty list
+        return True
     # under --benchmark-only, pytest-benchmark would report each of the others as skipped
     return config.getoption("benchmark_only", False) and "benchmark" not in getattr(item, "fixturenames", ())
 
@@ -137,7 +142,8 @@ def report_header(config: pytest.Config) -> list[str]:
     if selected.cpu_rule:
         lines.append(f"CPU-sized presets: {selected.cpu_rule}")
     if selected.also_checked and not config.getoption("benchmark_only", False):
-        lines.append(f"correctness tests: also on {len(selected.also_checked)} workloads that are not timed (adversarial-…)")
+        also = f"{len(selected.also_checked)} workloads that are not timed (adversarial-…), and {len(selected.rare)} rarer ones"
+        lines.append(f"correctness tests: also on {also}")
     if resumed := session_of(config).resumed:
         lines.append(resumed.describe())
     return lines

@@ -16,6 +16,7 @@ import torch
 
 from ..parallel import STRATEGIES, Form
 from ..presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from ..rare import RARE
 from ..registry import REGISTRY, Implementation, discover, load_file
 from ..workload import DIRECTIONS, DTYPES, Workload
 from . import settings
@@ -49,6 +50,7 @@ class Selection:
     pad_heads: bool = False
     cpu_rule: str = ""  # how presets were scaled, where they were
     also_checked: tuple[Workload, ...] = ()  # by the correctness tests, beside `workloads`
+    rare: tuple[Workload, ...] = ()  # by those marked so, which leave out what compiles anew for each
 
 
 def resolve(options: dict[str, Any]) -> Selection:
@@ -57,10 +59,10 @@ def resolve(options: dict[str, Any]) -> Selection:
         device = _device(options["device"])
         implementations = _implementations(options["impl"], options["require_impl"])
         labels, scaled = _workloads(options, device)
-        also_checked = [] if _chosen(options) else [preset(name) for name in COMBINATIONS]
+        also_checked, rare = ([], []) if _chosen(options) else (list(map(preset, COMBINATIONS)), list(map(Workload.parse, RARE)))
         forms = _forms(options["form"])
         directions = _directions(options["direction"])
-        for w in (*labels, *also_checked):
+        for w in (*labels, *also_checked, *rare):
             _must_fit(w, device)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
@@ -83,6 +85,7 @@ def resolve(options: dict[str, Any]) -> Selection:
         options["pad_heads"],
         CPU_RULE if scaled else "",
         tuple(also_checked),
+        tuple(rare),
     )
 
 
