@@ -10,6 +10,7 @@ import pytest
 from attn_impls.harness import outside
 from attn_impls.harness.options import OPTIONS
 from attn_impls.presets import COMBINATIONS, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from attn_impls.rare import RARE
 
 ID = "b1-h2-s32-d16-fp32"
 FULL, CAUSAL = "b1-h2-s32-d16-fp32", "b1-h2-s32-d16-causal-fp32"
@@ -161,6 +162,8 @@ def test_correctness_adds_combinations_to_the_default_workloads(run_suite, folde
     more = [PRESETS[name][0] for name in COMBINATIONS]
     for test in ("test_oracle", "test_allclose_to_sdpa", "test_gradients_oracle", "test_gradients_allclose_to_sdpa"):
         assert workloads_of(run.ids, test) == [*default, *more]
+    for test in ("test_rare_oracle", "test_rare_gradients_oracle"):
+        assert workloads_of(run.ids, test) == list(RARE)
     assert workloads_of(run.ids, "test_forward") == default
     assert "adversarial" not in run.out  # the header is not shown with -q
 
@@ -175,7 +178,10 @@ def test_chosen_workloads_are_all_that_is_checked(run_suite, folder, arguments):
 @pytest.mark.parametrize(("arguments", "said"), [("", True), ("--workload small", False), ("--benchmark-only", False)])
 def test_header_says_where_more_is_checked_than_timed(run_suite, folder, arguments, said):
     run = run_suite("--co", "--impl", "sdpa", *arguments.split(), cwd=folder)
-    assert (f"correctness tests: also on {len(COMBINATIONS)} workloads" in run.out) == said
+    also = (
+        f"correctness tests: also on {len(COMBINATIONS)} workloads that are not timed (adversarial-…), and {len(RARE)} rarer ones"
+    )
+    assert (also in run.out) == said
 
 
 CARELESS = """
@@ -419,4 +425,9 @@ def test_what_compiles_is_slow_where_no_benchmark_needs_it(run_suite, folder):
     assert run.ids
     assert all(identity.endswith("-flex]") for identity in run.ids)
     assert len(run.ids) == 4 * len(COMBINATIONS)
+    for nothing in ("flex", "flash_attn3"):  # one compiles, one is not for a CPU
+        ids = run_suite("--co", "-q", "-m", "rare", "--impl", f"sdpa,{nothing}", cwd=folder).ids
+        assert len(ids) == 2 * len(RARE)
+        assert all(identity.endswith("-sdpa]") for identity in ids)
+        assert "skipped" not in run_suite("-q", "-m", "rare", "--impl", nothing, cwd=folder).out
     assert not run_suite("--co", "-q", "-m", "correctness and slow", "--impl", "flex", "--workload", "small", cwd=folder).ids

@@ -64,10 +64,10 @@ def of_the_last_forward_pass():
 @pytest.mark.parametrize(
     ("build", "found"),
     [
-        (of_the_last_build, r"its output is off by \d+% .* with b1-h3-s40-d64-causal-win4-bf16 beside .*-causal-bf16"),
-        (of_the_first_build, r"its output is off by \d+% .* with b1-h3-s56-d64-bf16 beside .*-scale144-bf16"),
+        (of_the_last_build, r"its output is off by \d+% .* with b1-h4kv2-s76-d64-causal-win4-bf16 beside .*-win12-bf16"),
+        (of_the_first_build, r"its output is off by \d+% .* with b1-h3-s80-d64-scale50-bf16 beside .*-scale144-bf16"),
         (of_the_last_length, r"its output is off by \d+% .* with b1-h3-s200-d64-causal-bf16 beside .*-s100-.*"),
-        (of_the_last_forward_pass, r"dq is off by .* with .*-causal-bf16 where .*-win4-bf16 ran before its backward pass"),
+        (of_the_last_forward_pass, r"dq is off by .* with .*-win12-bf16 where .*-win4-bf16 ran before its backward pass"),
     ],
 )
 def test_kernels_keep_the_options_they_were_built_with(suite, build, found):
@@ -80,7 +80,7 @@ def test_kernels_keep_the_options_they_were_built_with(suite, build, found):
 @pytest.mark.parametrize(
     ("key", "kept_wrong"),
     [
-        (lambda w: (w.replace(head_dim=1, v_head_dim=1, scale_dim=1), w.scale_dim / w.head_dim), "b1-h3-s52-d128-causal-bf16"),
+        (lambda w: (w.replace(head_dim=1, v_head_dim=1, scale_dim=1), w.scale_dim / w.head_dim), "b1-h4kv2-s52-d128-causal-bf16"),
         (lambda w: w.replace(dtype=torch.bfloat16), "b1-h3-s54-d64-causal-fp32"),
         (lambda w: w.replace(kv_len=-(-w.kv_len // 64) * 64) if w.q_len == 1 else w, "b2-h4kv2-q1kv267-d64-causal-bf16"),
     ],
@@ -106,7 +106,7 @@ def test_plans_kept_by_too_little_are_told(suite, key, kept_wrong):
 
 def test_options_that_cannot_be_had_are_not_asked(suite):
     def plain_only(w):
-        if w.causal or w.softcap or w.scale_dim != w.head_dim:
+        if w.causal or w.softcap or w.scale_dim != w.head_dim or w.q_len != w.kv_len:
             raise Unsupported("no options")
         return broken()(w)
 

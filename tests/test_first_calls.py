@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import pytest
+import torch
 from test_gradients import RIGHT, case_of
 from test_judge import W, good, good_bshd
 
@@ -81,3 +82,13 @@ def test_a_call_after_many_that_is_wrong_shows_on_a_tiny_workload(number):
         return RIGHT(w)(*x) * (1 if calls < number else 0.5)
 
     assert "its worst row errs" in Problem(w, "cpu", 0).judge(case_of(lambda _: tiring, w), tiring).failure
+
+
+def test_a_call_without_gradients_that_is_wrong_is_told(problem_of_w):
+    def careless(*x):
+        return good(*x) if torch.is_grad_enabled() else good(*x) * 0.5
+
+    case = Case(W, Implementation("mine", lambda _: careless), "cpu")
+    assert "its worst row errs" in problem_of_w.judge(case, careless).failure
+    compiled = Case(W, Implementation("mine", lambda _: careless, compiles="seconds"), "cpu")  # it would compile anew for that
+    assert problem_of_w.judge(compiled, careless).failure == ""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from attn_impls import Workload
 from attn_impls.presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from attn_impls.rare import RARE, TILES
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -137,6 +138,34 @@ def test_any_two_conditions_occur_together():
     for (first, some), (second, others) in itertools.combinations(kinds.items(), 2):
         missing = {(x, y) for x in some for y in others if frozenset({(first, x), (second, y)}) not in together}
         assert not missing, (first, second)
+
+
+def test_any_three_conditions_occur_together():
+    """But for values longer than keys at large head dims, and at least as many queries as keys of over 512."""
+    found = [conditions(w) for w in (*map(preset, COMBINATIONS), *map(Workload.parse, RARE))]
+    kinds = {name: {one[name] for one in found} for name in found[0]}
+    together = {frozenset(three) for one in found for three in itertools.combinations(one.items(), 3)}
+    for three in itertools.combinations(kinds, 3):
+        for values in itertools.product(*(kinds[name] for name in three)):
+            one = dict(zip(three, values, strict=True))
+            rare = one.get("values") == 1 and one.get("head dim") in ("128", "above 128")
+            large = one.get("keys") is True and one.get("queries") in ("as keys", "more than keys")
+            assert frozenset(one.items()) in together or rare or large, one
+
+
+def test_rare_workloads_are_canonical_small_and_new():
+    assert [str(Workload.parse(text)) for text in RARE] == list(RARE)
+    assert len(set(RARE)) == len(RARE)
+    assert not set(map(Workload.parse, RARE)) & set(map(preset, PRESETS))
+    assert max(Workload.parse(text).flops() for text in RARE) < 1e9
+
+
+def test_tiles_are_whole_or_one_more():
+    lengths = {w.kv_len for w in map(Workload.parse, TILES)}
+    for tile in (64, 80, 96, 112, 128, 160, 176, 192, 256, 320):
+        assert any(length % tile == 0 for length in lengths), tile
+    for tile in (64, 96, 128, 176, 192, 256):
+        assert any(length % tile == 1 for length in lengths), tile
 
 
 def test_the_large_preset_overflows():

@@ -9,6 +9,7 @@ from attn_impls import Workload
 from attn_impls.harness import selection
 from attn_impls.harness.options import OPTIONS
 from attn_impls.presets import COMBINATIONS, CPU_RULE, DEFAULT_PRESETS, PRESETS, cpu_sized, preset
+from attn_impls.rare import RARE
 from attn_impls.registry import REGISTRY
 
 BASE = "b1-h8-s64-d32-bf16"
@@ -69,8 +70,10 @@ def test_combinations_are_checked_with_the_default_workloads_alone(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve(device=device).also_checked == tuple(map(preset, COMBINATIONS))
     assert not set(resolve(device=device).also_checked) & set(resolve(device=device).workloads)
+    assert resolve(device=device).rare == tuple(map(Workload.parse, RARE))
+    assert not set(resolve(device=device).rare) & {*resolve(device=device).workloads, *resolve(device=device).also_checked}
     for chosen in ({"workload": ["seed"]}, {"seq_len": ["64"]}, {"dtype": ["bf16"]}, {"mask": ["causal"]}):
-        assert resolve(device=device, **chosen).also_checked == ()
+        assert resolve(device=device, **chosen).also_checked == resolve(device=device, **chosen).rare == ()
     assert resolve(device=device, impl=["sdpa"], seed=3).also_checked
 
 

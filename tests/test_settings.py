@@ -20,6 +20,7 @@ CHANGES = {
     "autocast on GPUs (False → True)": lambda: torch.set_autocast_enabled("cuda", True),
     "autocast on CPUs (False → True)": lambda: torch.set_autocast_enabled("cpu", True),
     "the number of threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    "the seed of random numbers": lambda: torch.manual_seed(torch.initial_seed() + 1),
     "SDPA's flash backend (True → False)": lambda: torch.backends.cuda.enable_flash_sdp(False),
     "SDPA's memory-efficient backend (True → False)": lambda: torch.backends.cuda.enable_mem_efficient_sdp(False),
     "SDPA's math backend (True → False)": lambda: torch.backends.cuda.enable_math_sdp(False),

@@ -163,6 +163,33 @@ def test_passes_that_share_a_slot_of_many_show_on_a_tiny_workload(slots):
     assert not Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure
 
 
+def on_a_stack(w):
+    """Attention whose forward passes push their inputs on a stack, from which backward passes take them."""
+    stack: list[tuple] = []
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, *x):
+            if any(tensor.requires_grad for tensor in x):
+                stack.append(x)
+            return RIGHT(w)(*x)
+
+        @staticmethod
+        def backward(_ctx, dout):
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in stack.pop()]
+                return torch.autograd.grad(RIGHT(w)(*leaves), leaves, dout)
+
+    return lambda _w: Attention.apply
+
+
+def test_backward_passes_in_the_order_of_the_forward_passes_show_a_stack_on_a_tiny_workload():
+    for w, told in (("b2-h4kv2-q3kv7-d64-causal-fp32", True), ("b2-h4kv2-q60kv70-d64-causal-fp32", False)):
+        w = Workload.parse(w)
+        build = on_a_stack(w)
+        assert bool(Problem(w, "cpu", 0).judge_gradients(case_of(build, w), build(w)).failure) == told
+
+
 @pytest.mark.parametrize("small", [0, 2**24])
 def test_kernels_that_keep_too_few_passes_are_rejected(monkeypatch, small):
     monkeypatch.setattr(judge, "SMALL_PAIRS", small)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..registry import Kernel, Unsupported, as_bhsd, one_line
-from .case import Case, CaseFailed, OutOfMemory, guard, release, validate
+from .case import Case, CaseFailed, OutOfMemory, evaluating, guard, release, validate
 from .inputs import Inputs
 
 # how a library says that it has a forward pass only
@@ -76,15 +75,20 @@ class Pass(NamedTuple):
 
 
 def passes(
-    case: Case, kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tensor], first: bool = False
+    case: Case,
+    kernel: Kernel,
+    inputs: Sequence[Inputs],
+    douts: Sequence[torch.Tensor],
+    first: bool = False,
+    in_order: bool = False,
 ) -> list[Pass]:
     """Forward passes on tensors in the kernel's layout, one after another as layers make them, then, in reverse, backward passes.
 
     Each for itself where they do not fit together. first: raises Unsupported where the kernel says, or shows, that it is
-    forward only. CaseFailed where it fails otherwise.
+    forward only. in_order: the backward passes too, as pipelines make them. CaseFailed where it fails otherwise.
     """
     try:
-        return _together([case] * len(inputs), _calls(kernel, inputs, douts), first)
+        return _together([case] * len(inputs), _calls(kernel, inputs, douts), first, in_order)
     except OutOfMemory as error:
         if len(inputs) == 1:
             raise
@@ -112,14 +116,14 @@ def _calls(kernel: Kernel, inputs: Sequence[Inputs], douts: Sequence[torch.Tenso
 
 def _without_gradients(case: Case, call: Backward) -> None:
     """A call as an evaluation between the passes makes it, of which no backward pass may take anything."""
-    with contextlib.nullcontext() if case.implementation.compiles else torch.no_grad():  # for which some compile anew
+    with evaluating(case):
         call.kernel(*(leaf.detach() for leaf in call.leaves))
 
 
-def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> list[Pass]:
+def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool, in_order: bool = False) -> list[Pass]:
     case = cases[0]
-    found: list[Pass] = []
-    given: list[Inputs] = []  # the gradients themselves, which whoever takes them may keep
+    found: dict[int, Pass] = {}
+    given: dict[int, Inputs] = {}  # the gradients themselves, which whoever takes them may keep
     with guard(case, "backward pass", allowed=first):
         try:
             for of, call in zip(cases, calls, strict=True):
@@ -132,12 +136,11 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
             if len(calls) > 1 and len(set(cases)) == 1:
                 for call in (calls[-1], calls[0]):  # of other inputs than what came before it, and than what comes next
                     _without_gradients(case, call)
-            for call, out, copy in reversed(list(zip(calls, outs, before, strict=True))):  # as layers do
-                gradients = call()
-                complaint = "" if torch.equal(out.detach(), copy) else "changed its output in the backward pass"
-                given.insert(0, gradients)
-                found.insert(0, Pass(copy, Inputs(*(gradient.clone() for gradient in gradients)), complaint))
-            for n, gradients in enumerate(given if len(given) > 1 else ()):
+            for n in range(len(calls)) if in_order else reversed(range(len(calls))):
+                given[n] = calls[n]()
+                complaint = "" if torch.equal(outs[n].detach(), before[n]) else "changed its output in the backward pass"
+                found[n] = Pass(before[n], Inputs(*(gradient.clone() for gradient in given[n])), complaint)
+            for n, gradients in given.items() if len(given) > 1 else ():
                 if not all(map(_unchanged, gradients, found[n].gradients)):
                     found[n] = found[n]._replace(complaint="overwrote the gradients of one backward pass in another")
         except Unsupported:
@@ -148,7 +151,7 @@ def _together(cases: Sequence[Case], calls: Sequence[Backward], first: bool) -> 
             raise
         if case.device == "cuda":
             torch.cuda.synchronize()
-    return [_validated(*one) for one in zip(cases, found, (call.leaves for call in calls), strict=True)]
+    return [_validated(of, found[n], call.leaves) for n, (of, call) in enumerate(zip(cases, calls, strict=True))]
 
 
 def _unchanged(one: torch.Tensor, copy: torch.Tensor) -> bool:

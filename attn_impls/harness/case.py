@@ -110,6 +110,11 @@ def call(case: Case, kernel: Kernel, inputs: Inputs, first: bool = False) -> tor
     return out
 
 
+def evaluating(case: Case) -> contextlib.AbstractContextManager[object]:
+    """Without gradients, as evaluations are: often other code. What compiles is left alone: some of it compiles anew for that."""
+    return contextlib.nullcontext() if case.implementation.compiles else torch.no_grad()
+
+
 def validate(case: Case, out: object) -> None:
     """Raise CaseFailed unless `out` has q's layout and the workload's shape, dtype and device."""
     name, w = case.implementation.name, case.workload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from ..registry import Kernel, Unsupported, as_bhsd, in_layout
 from ..workload import Workload
 from . import backward
-from .case import Built, Case, CaseFailed, build, call
+from .case import Built, Case, CaseFailed, build, call, evaluating
 from .complaints import complaint_of, nan_rows, worst_row
 from .inputs import Inputs, as_layout
 from .known import Known
@@ -55,12 +56,16 @@ class Problem(Known):
         return w.batch * w.heads * w.q_len * w.kv_len
 
     @property
+    def _tiny(self) -> bool:
+        return self._pairs <= TINY_PAIRS
+
+    @property
     def _layers(self) -> list[int]:
         """The inputs of the forward passes before a first backward pass. A kernel that keeps the tensors of fewer shows; of
         equal ones in turn it would not."""
         if self._pairs > SMALL_PAIRS:
             return [0, 1]
-        return [0, 0, 1, 1] * (TINY_LAYERS // 4 if self._pairs <= TINY_PAIRS else 1)
+        return [0, 0, 1, 1] * (TINY_LAYERS // 4 if self._tiny else 1)
 
     def judge_gradients(self, case: Case, kernel: Kernel, first: backward.Pass | None = None) -> Verdict:
         """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
@@ -74,9 +79,10 @@ class Problem(Known):
         douts = [as_layout(dout, layout) for dout in self.douts]
         layers = self._layers
         twice: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # or more often: on the needles, on the plain inputs
-        while len(twice[1]) < 2:
+        while len(twice[1]) < (TINY_LAYERS if self._tiny else 2):
             poison(self.workload, self.device)
-            passes = backward.passes(case, kernel, [natives[n] for n in layers], [douts[n] for n in layers])
+            x, dout = [natives[n] for n in layers], [douts[n] for n in layers]
+            passes = backward.passes(case, kernel, x, dout, in_order=bool(twice[1]) and self._tiny)
             for n, one in zip(layers, passes, strict=True):
                 twice[n].append(one)
         found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
@@ -126,8 +132,8 @@ class Problem(Known):
         )
 
     def judge(self, case: Case, kernel: Kernel, first: torch.Tensor | None = None) -> Verdict:
-        """Run the kernel twice, or TINY_CALLS times, on each of two inputs, in poisoned memory, and compare. Raises CaseFailed if
-        it raises.
+        """Run the kernel twice, or TINY_CALLS times, on each of two inputs, every other time without gradients, in poisoned
+        memory, and compare. Raises CaseFailed if it raises.
 
         Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
         first: what its first call, on the plain inputs, put out, in its layout.
@@ -141,9 +147,10 @@ class Problem(Known):
             for there, values in zip(native, original, strict=True):
                 there.copy_(in_layout(values, layout))
             outs = []
-            for _ in range(TINY_CALLS if self._pairs <= TINY_PAIRS else 2):
+            for turn in range(TINY_CALLS if self._tiny else 2):
                 poison(self.workload, self.device)
-                out = call(case, kernel, native)
+                with evaluating(case) if turn % 2 else contextlib.nullcontext():
+                    out = call(case, kernel, native)
                 outs.append(as_bhsd(out, layout).clone())  # a kernel may hand out the same buffer again
             repeatable &= _alike(outs)
             complaint = complaint_of(outs[0], original, native, layout)

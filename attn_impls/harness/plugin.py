@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from ..registry import Implementation
+from ..workload import Workload
 from . import environment, matrix, options, progress, rank_start, resume, selection, summary, workers
 from .case import direction_of, group, ungrouped
 from .ranks import launched_by
@@ -67,7 +69,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 def mark_collected(item: pytest.Item) -> None:
     """Mark as slow what compiles anew for a workload that no benchmark needs."""
     callspec = getattr(item, "callspec", None)
-    if not callspec or not {"workload", "implementation"} <= set(callspec.params):
+    if not callspec or not {"workload", "implementation"} <= set(callspec.params) or _of_nothing(item):
         return
     workload, implementation = callspec.params["workload"], callspec.params["implementation"]
     if implementation.compiles and workload in session_of(item.config).selection.also_checked:
@@ -107,8 +109,15 @@ class _Timer:
         return self.session.read_timer()
 
 
+def _of_nothing(item: pytest.Item) -> bool:
+    """Whether pytest made a test of an empty list of workloads or implementations, to skip it."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    kinds = {"workload": Workload, "implementation": Implementation}
+    return any(name in params and not isinstance(params[name], kind) for name, kind in kinds.items())
+
+
 def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
-    if item.get_closest_marker("rare") and not session_of(config).selection.rare:  # pytest made one of the empty list
+    if _of_nothing(item):
         return True
     # under --benchmark-only, pytest-benchmark would report each of the others as skipped
     return config.getoption("benchmark_only", False) and "benchmark" not in getattr(item, "fixturenames", ())

@@ -21,7 +21,7 @@ from .oracle import attend
 APPROXIMATE = 0.05
 CONFUSED = 0.2  # of the largest value: what an approximate kernel's result may be off beside another
 PAIRS_COMPILED = 5  # pairs that are asked of what compiles
-PAIRS_TRAINED = 9  # pairs whose gradients are asked of all else
+PAIRS_TRAINED = 10  # pairs whose gradients are asked of all else
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ class Trial:
 
 
 def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
-    """The reply to a backward pass on each of some workloads; on the first also where some inputs want no gradient."""
+    """The reply to a backward pass on each of some workloads, also where some inputs want no gradient.
+
+    The latter on the first alone of what compiles, which may do so anew for each.
+    """
 
     def reply(case: Case) -> str:
         asked, reason = 0, "forward only, or approximate"
@@ -107,8 +110,8 @@ def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
                 continue
             if off := _off(trial.right_gradients, found):
                 return f"wrong: {off} with {w}"
-            if not asked and (off := _of_some(trial)):
-                return f"wrong: {off}"
+            if not (asked and case.implementation.compiles) and (off := _of_some(trial)):
+                return f"wrong: {off} with {w}"
             asked += 1
         if not asked:
             raise Unsupported(reason)
@@ -127,18 +130,43 @@ def _of_some(trial: Trial) -> str:
     return "its gradients are not 0 where dout is" if any(bool((one != 0).any()) for one in found) else ""  # NaN is not 0
 
 
-def of_a_view(case: Case) -> str:
-    """The reply to douts that lie in memory otherwise than a kernel's output: expanded, as behind a sum, a part of something
-    wider, and as the other layout has it, as behind an output projection.
+def of_a_view(workloads: Sequence[Workload]) -> Callable[[Case], str]:
+    """The reply to douts that lie in memory otherwise than a kernel's output, on each of some workloads.
+
+    What compiles is asked of the first alone.
+    """
+
+    def reply(case: Case) -> str:
+        asked, reason = False, ""
+        for w in workloads[: 1 if case.implementation.compiles else None]:
+            try:
+                said = _of_views(Trial(replace(case, workload=w)))
+            except Unsupported as unsupported:
+                reason = reason or str(unsupported)
+                continue
+            asked = True
+            if said:
+                return f"wrong: {said} with {w}"
+        if not asked:
+            raise Unsupported(reason)
+        return "ok"
+
+    return reply
+
+
+def _of_views(trial: Trial) -> str:
+    """What is off where dout is expanded, as behind a sum, a part of something wider or longer, as where tokens or heads were
+    joined, and as the other layout has it, as behind an output projection; "" if nothing.
 
     Each asked after a contiguous one: a library may have kept what it found out about the memory of the first.
     """
-    trial = Trial(case)
     dout = trial.native_dout
     views = {
         "is one value, expanded": torch.ones_like(dout[:1, :1, :1, :1]).expand_as(dout),
-        "is a part of a wider tensor": torch.cat([2 * dout, dout], -1)[..., dout.shape[-1] :],
+        "is a part of a wider tensor": _part(dout, 3),
         "is a view of another layout": transposed_in_memory(dout),
+        "is a part of what has more tokens": _part(dout, trial.layout.index("s")),
+        "is a part of what has more heads": _part(dout, trial.layout.index("h")),
     }
     for what, view in views.items():
         right = trial.gradients(view.clone(memory_format=torch.contiguous_format))
@@ -147,8 +175,13 @@ def of_a_view(case: Case) -> str:
         found = trial.gradients(view)
         off = "it has no gradients" if found is None else _off(right, found)
         if off:
-            return f"wrong: {off} where dout {what}"
-    return "ok"
+            return f"{off} where dout {what}"
+    return ""
+
+
+def _part(tensor: Tensor, dim: int) -> Tensor:
+    """The same values, as the second half of something twice as large in one dimension."""
+    return torch.cat([2 * tensor, tensor], dim).narrow(dim, tensor.shape[dim], tensor.shape[dim])
 
 
 def beside_another(pairs: Sequence[tuple[Workload, Workload]]) -> Callable[[Case], str]:
@@ -183,11 +216,12 @@ def _confused(one: Case, other: Case, gradients: bool) -> str:
     trained = first.gradients() if gradients else None
     second = Trial(other)
     both = (first, second)
-    for _ in range(2):
+    for last_built in (other, one):
+        if last_built is one:
+            Trial(one)
         for this, company in ((second, first), (first, second)):
             if off := this.output():
                 return f"{off} with {this.case.workload} beside {company.case.workload}"
-        Trial(one)  # so that the second time the first one has been built last
     if trained is None or second.gradients() is None:
         return ""
     last = (second, first)

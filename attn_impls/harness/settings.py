@@ -75,6 +75,7 @@ SETTINGS = {
     "the current CUDA device": Setting(_on_cuda(torch.cuda.current_device), torch.cuda.set_device),
     "the current CUDA stream": Setting(_on_cuda(torch.cuda.current_stream), torch.cuda.set_stream),
     "the number of threads": Setting(torch.get_num_threads, torch.set_num_threads),
+    "the seed of random numbers": Setting(torch.initial_seed, torch.manual_seed),
     "SDPA's flash backend": Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     "SDPA's memory-efficient backend": Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     "SDPA's math backend": Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
