@@ -14,6 +14,8 @@ TILES = (
     "b1-h2-s320-d64-causal-fp16",
     "b1-h2-q640kv768-d64-causal-bf16",
     "b1-h2-s1025-d64-causal-bf16",
+    "b1-h2-s321-d128-bf16",
+    "b1-h2-s241-d256-bf16",
 )
 # one query: heads with keys of their own, all head dims, many sequences, one sequence, long groups, float16 and float32
 DECODE = (
@@ -53,6 +55,10 @@ PLAIN = (
     "b1-h16-s16-d64-causal-bf16",
     "b2-h8-q256kv30-d64-bf16",
     "b2-h8-q256kv4-d64-bf16",
+    "b1-h40-s33-d64-causal-bf16",
+    "b1-h4kv2-s200-d128-causal-win100-bf16",
+    "b1-h2-s100-d112-bf16",
+    "b1-h4-s100-d192v128-causal-bf16",
 )
 # with these, any three of the conditions that tests/test_presets.py lists occur together
 TRIPLES = (
