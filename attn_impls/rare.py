@@ -58,6 +58,7 @@ PLAIN = (
     "b1-h40-s33-d64-causal-bf16",
     "b1-h4kv2-s200-d128-causal-win100-bf16",
     "b1-h2-s100-d112-bf16",
+    "b1-h4-s197-d96-bf16",
     "b1-h4-s100-d192v128-causal-bf16",
 )
 # with these, any three of the conditions that tests/test_presets.py lists occur together

@@ -63,6 +63,8 @@ TRAINED = tuple(
             "b1-h3-s48-d64-causal-win4",
             "b1-h3-s48-d64-scale144",
             "b1-h3-s48-d64-cap2",
+            "b1-h4kv2-s36-d128-causal",
+            "b1-h3-s36-d64-causal-fp32",
         ),
     )
 )
