@@ -61,7 +61,7 @@ PLAIN = (
     "b1-h4-s197-d96-bf16",
     "b1-h4-s100-d192v128-causal-bf16",
 )
-# with these, any three of the conditions that tests/test_presets.py lists occur together
+# with these, any three of the conditions that tests/test_presets.py lists occur together, but for two kinds that it excepts
 TRIPLES = (
     "b2-h3kv1-q17kv64-d32-cap5-scale96-fp32",
     "b2-h6kv3-q1kv1040-d40v80-cap20-scale50-bf16",

@@ -54,7 +54,7 @@ class Graph:
     """One attention node, or its backward pass, computed when executed."""
 
     refuses = refuses_training = refuses_backward = ""
-    library: types.SimpleNamespace
+    fake: types.SimpleNamespace
 
     def __init__(self, handle, **_):
         self.handle = handle
@@ -79,14 +79,14 @@ class Graph:
         if self.refuses:
             raise NotImplementedError(self.refuses)
         assert all(made.output for made in self.results if made)
-        self.library.built += 1
+        self.fake.built += 1
 
     def get_workspace_size(self):
         return self.workspace
 
     def execute(self, tensors, workspace, handle):
         assert handle == self.handle
-        assert self.library.told.get(handle) == self.library.stream
+        assert self.fake.told.get(handle) == self.fake.stream
         assert set(tensors) == {*self.operands, *filter(None, self.results)}
         for node, tensor in tensors.items():
             node.holds(tensor)
@@ -133,7 +133,7 @@ def cudnn(monkeypatch):
         tellings=[],
         told={},  # the stream that each handle was told of last
     )
-    module.pygraph.library = module
+    module.pygraph.fake = module
     monkeypatch.setitem(sys.modules, "cudnn", module)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: {3: module.stream}[device], raising=False)

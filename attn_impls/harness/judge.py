@@ -68,7 +68,7 @@ class Problem(Known):
         return [0, 0, 1, 1] * (TINY_LAYERS // 4 if self._tiny else 1)
 
     def judge_gradients(self, case: Case, kernel: Kernel, first: backward.Pass | None = None) -> Verdict:
-        """Differentiate the kernel twice on each of two inputs, in poisoned memory, and compare: the worst gradient's verdict.
+        """Differentiate the kernel twice or more on each of two inputs, in poisoned memory: the worst gradient's verdict.
 
         first: what `first_pass` gave. Raises CaseFailed if it raises: whether it has a backward pass, that has shown.
         """
@@ -78,24 +78,24 @@ class Problem(Known):
         natives = [inputs.as_layout(layout) for inputs in self.trained]
         douts = [as_layout(dout, layout) for dout in self.douts]
         layers = self._layers
-        twice: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # or more often: on the needles, on the plain inputs
-        while len(twice[1]) < (TINY_LAYERS if self._tiny else 2):
+        repeated: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # on the needles, on the plain inputs
+        while len(repeated[1]) < (TINY_LAYERS if self._tiny else 2):
             poison(self.workload, self.device)
             x, dout = [natives[n] for n in layers], [douts[n] for n in layers]
-            passes = backward.passes(case, kernel, x, dout, in_order=bool(twice[1]) and self._tiny)
+            passes = backward.passes(case, kernel, x, dout, in_order=bool(repeated[1]) and self._tiny)
             for n, one in zip(layers, passes, strict=True):
-                twice[n].append(one)
+                repeated[n].append(one)
         found: dict[str, list[Verdict]] = {name: [] for name in "qkv"}
         for n, (original, native) in enumerate(zip(self.trained, natives, strict=True)):
             complaint = complaint_of(None, original, native, layout)
             if not complaint and not torch.equal(in_layout(self.douts[n], layout), douts[n]):
                 complaint = "changed dout, its upstream gradient"
-            verdict = self._training_output(self.training_references[n], twice[n], complaint)
+            verdict = self._training_output(self.training_references[n], repeated[n], complaint)
             if verdict.failure:
                 return verdict
             for name in "qkv":
                 known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
-                ours, theirs = [getattr(one.gradients, name) for one in twice[n]], sdpa and getattr(sdpa, name)
+                ours, theirs = [getattr(one.gradients, name) for one in repeated[n]], sdpa and getattr(sdpa, name)
                 found[name].append(self._gradient_verdict(name, known, ours, theirs))
         verdict = worst_of(found)
         if first:
@@ -103,24 +103,26 @@ class Problem(Known):
             verdict = with_first(verdict, "backward pass", self._worst(case, first.gradients))
         return verdict
 
-    def _training_output(self, known: Reference, twice: list[backward.Pass], complaint: str) -> Verdict:
+    def _training_output(self, known: Reference, repeated: list[backward.Pass], complaint: str) -> Verdict:
         """Of the output that a kernel returns when a gradient is asked for: often by other code than without."""
-        outs = [one.out for one in twice]
+        outs = [one.out for one in repeated]
         of, repeatable = "the output of its training pass", _alike(outs)
-        complaint = complaint or next(filter(None, (*(nan_rows(out, of) for out in outs), *(one.complaint for one in twice))), "")
+        complaint = complaint or next(
+            filter(None, (*(nan_rows(out, of) for out in outs), *(one.complaint for one in repeated))), ""
+        )
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=of)
         worst, drift = (max(map(figure, outs)) for figure in (known.over_budget, known.drift_over_budget))
         return Verdict(worst, known.rms_over_budget(outs[0]), None, None, repeatable, drift, of=of)
 
-    def _gradient_verdict(self, name: str, known: Reference, twice: list[torch.Tensor], sdpa: torch.Tensor | None) -> Verdict:
+    def _gradient_verdict(self, name: str, known: Reference, repeated: list[torch.Tensor], sdpa: torch.Tensor | None) -> Verdict:
         """Of one gradient for one of the inputs."""
-        repeatable = _alike(twice)
-        complaint = nan_rows(twice[0], f"d{name}")
+        repeatable = _alike(repeated)
+        complaint = nan_rows(repeated[0], f"d{name}")
         if complaint:
             return Verdict(math.inf, math.inf, None, None, repeatable, complaint=complaint, of=f"d{name}")
         heads = self.gradient_heads[name]
-        ours, theirs = [one[:, heads] for one in twice], None if sdpa is None else sdpa[:, heads]
+        ours, theirs = [one[:, heads] for one in repeated], None if sdpa is None else sdpa[:, heads]
         return Verdict(
             max(map(known.over_budget, ours)),
             known.rms_over_budget(ours[0]),

@@ -216,9 +216,9 @@ def _confused(one: Case, other: Case, gradients: bool) -> str:
     trained = first.gradients() if gradients else None
     second = Trial(other)
     both = (first, second)
-    for last_built in (other, one):
-        if last_built is one:
-            Trial(one)
+    for again in (False, True):
+        if again:
+            Trial(one)  # so that now the first one has been built last
         for this, company in ((second, first), (first, second)):
             if off := this.output():
                 return f"{off} with {this.case.workload} beside {company.case.workload}"

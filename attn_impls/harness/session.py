@@ -49,9 +49,8 @@ class Session:
     def clock(self) -> Clock:
         if self.ranks:
             return makespan.clock(self.ranks, self._driver if self.device == "cuda" else None, lambda: self.overhead)
-        if self.device == "cpu":
-            return HostClock()
-        return DeviceClock(self._driver, self.overhead.seconds, self.overhead.empty_spin)
+        on_cpu = self.device == "cpu"
+        return HostClock() if on_cpu else DeviceClock(self._driver, self.overhead.seconds, self.overhead.empty_spin)
 
     def read_timer(self) -> float:
         """pytest-benchmark's timer: the clock, or the rounds of a case that an earlier run has finished."""
