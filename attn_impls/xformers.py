@@ -56,19 +56,23 @@ def _kernel(w: Workload, operator: str = ""):
     fmha = _import_fmha()
     if w.softcap:
         raise Unsupported("xFormers has no softcap")
-    if w.blind_rows and (operator == "cutlass" or (not operator and w.dtype == torch.float32)):
-        raise Unsupported("xFormers' cutlass operator does not give 0 to queries that see no key (causal with q_len > kv_len)")
     op = getattr(fmha, operator).FwOp if operator else None
     bias = _bias(w, fmha.attn_bias)
 
-    def kernel(q, k, v):  # [B, S, H, D]
-        if w.group > 1:  # [B, S, KV, group, D], K and V expanded, not copied
-            q = q.unflatten(2, (w.kv_heads, w.group))
-            k, v = (t[:, :, :, None].expand(-1, -1, -1, w.group, -1) for t in (k, v))
-        out = fmha.memory_efficient_attention(q, k, v, bias, scale=w.scale, op=op and (op, None))
+    def grouped(q, k, v):  # [B, S, H, D] as [B, S, KV, group, D], K and V expanded, not copied
+        if w.group == 1:
+            return q, k, v
+        return q.unflatten(2, (w.kv_heads, w.group)), *(t[:, :, :, None].expand(-1, -1, -1, w.group, -1) for t in (k, v))
+
+    def kernel(q, k, v):
+        out = fmha.memory_efficient_attention(*grouped(q, k, v), bias, scale=w.scale, op=op and (op, None))
         return out.flatten(2, 3) if w.group > 1 else out
 
     q, k, v = (torch.empty(w.shapes("bshd")[name], dtype=w.dtype) for name in "qkv")
+    # what flash does not take, xFormers' own dispatch gives to cutlass
+    cutlass = operator == "cutlass" or not (operator or fmha.flash.FwOp.supports(fmha.Inputs(*grouped(q, k, v), bias)))
+    if w.blind_rows and cutlass:
+        raise Unsupported("xFormers' cutlass operator does not give 0 to queries that see no key (causal with q_len > kv_len)")
     try:
         kernel(q, k, v)
     except (ValueError, NotImplementedError) as error:  # what xFormers raises for inputs no operator takes
