@@ -199,6 +199,14 @@ class Workload:
         i, j = i[:, None] + self.offset, torch.arange(self.kv_len, device=device)[None, :]
         return (j <= i) & (j > i - self.window) if self.window else j <= i
 
+    def keys_seen(self, rows: slice) -> slice:
+        """The keys from the first to the last that any of some neighbouring queries sees; one where they see none."""
+        if not self.causal:
+            return slice(0, self.kv_len)
+        last = min(max(rows.stop + self.offset, 1), self.kv_len)
+        first = rows.start + self.offset + 1 - self.window if self.window else 0
+        return slice(min(max(first, 0), last - 1), last)
+
 
 def _clamped_sum(first: int, count: int) -> int:
     """Σ max(0, first + i) for i in 0 … count − 1."""

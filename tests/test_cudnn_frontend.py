@@ -29,6 +29,9 @@ class Node:
     def __init__(self, name, dim=None, stride=None, data_type=None):
         self.name, self.dim, self.stride, self.data_type, self.output = name, dim, stride, data_type, False
 
+    def get_uid(self):
+        return id(self)
+
     def set_output(self, output):
         self.output = output
         return self
@@ -87,16 +90,17 @@ class Graph:
     def execute(self, tensors, workspace, handle):
         assert handle == self.handle
         assert self.fake.told.get(handle) == self.fake.stream
-        assert set(tensors) == {*self.operands, *filter(None, self.results)}
-        for node, tensor in tensors.items():
-            node.holds(tensor)
-        inputs = [tensors[operand] for operand in self.operands]
+        made = [*filter(None, self.results)]
+        assert set(tensors) == {node.get_uid() for node in (*self.operands, *made)}
+        for node in (*self.operands, *made):
+            node.holds(tensors[node.get_uid()])
+        inputs = [tensors[operand.get_uid()] for operand in self.operands]
         assert workspace.device == inputs[0].device
         assert workspace.nbytes >= self.workspace
         found = self._forward(*inputs) if len(inputs) == 3 else self._backward(*inputs)
-        for made, value in zip(self.results, found, strict=True):
-            if made:
-                tensors[made].copy_(value)
+        for node, value in zip(self.results, found, strict=True):
+            if node:
+                tensors[node.get_uid()].copy_(value)
 
     def _attention(self, q, k, v):
         wanted = self.wanted

@@ -224,6 +224,9 @@ def test_counts_agree_with_the_mask(w):
     assert w.pairs == mask.sum()
     assert w.seen_keys == mask.any(0).sum()
     assert w.blind_rows == (~mask.any(1)).sum()
+    for rows in (slice(0, w.q_len), *(slice(row, min(row + 3, w.q_len)) for row in range(w.q_len))):
+        seen = mask[rows].any(0).nonzero().flatten().tolist() or [0]
+        assert w.keys_seen(rows) == slice(seen[0], seen[-1] + 1)
 
 
 FLOPS = [

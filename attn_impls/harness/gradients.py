@@ -18,6 +18,7 @@ BACKWARD_TOLERANCE = 1.5 * TOLERANCE
 # (query, key) pairs whose gradients are computed exactly; beyond that, some KV heads with all their queries and keys
 MAX_PAIRS = {"cuda": 2**34, "cpu": 2**27}
 CHUNK_BYTES = 2**28  # of one float64 block of scores, of which a dozen live at once
+MASKED_ROWS = 1024  # query rows of a block at most where there is a mask: the fewer, the fewer keys that they do not see
 
 
 def upstream(w: Workload, device: str, seed: int) -> Tensor:
@@ -74,14 +75,15 @@ def reference(
 
 
 class Block(NamedTuple):
-    """Some query rows of one KV head, all in one dtype: n = group, r = rows."""
+    """Some query rows of one KV head and the keys that they see, all in one dtype: n = group, r = rows, s = keys."""
 
     where: tuple[int, int, slice]  # batch, position of the KV head, query rows
+    keys: slice
     q: Tensor  # [n, r, D]
-    k: Tensor  # [Skv, D]
-    v: Tensor  # [Skv, DV]
+    k: Tensor  # [s, D]
+    v: Tensor  # [s, DV]
     dout: Tensor  # [n, r, DV]
-    scores: Tensor  # scaled and capped, [n, r, Skv]
+    scores: Tensor  # scaled and capped, [n, r, s]
     p: Tensor  # softmax weights
     slope: Tensor | None  # of the softcap at the scores
 
@@ -92,21 +94,23 @@ def _blocks(
     """The forward pass in blocks. scaled: as for `oracle.attend`; "inputs" yields q and k already times the scale's root."""
     before, after = (1.0, w.scale) if scaled == "scores" else (w.scale**0.5, 1.0)
     length = max(1, CHUNK_BYTES // (w.group * w.kv_len * 8))
+    length = min(length, MASKED_ROWS) if w.causal else length
     for b in range(w.batch):
         for n, kv in enumerate(kv_heads):
             heads = slice(kv * w.group, (kv + 1) * w.group)
-            k, v = inputs.k[b, kv].to(dtype) * before, inputs.v[b, kv].to(dtype)
+            every_k, every_v = inputs.k[b, kv].to(dtype) * before, inputs.v[b, kv].to(dtype)
             for first in range(0, w.q_len, length):
                 rows = slice(first, min(first + length, w.q_len))
+                keys = w.keys_seen(rows)
                 mask = w.mask(dout.device, torch.arange(rows.start, rows.stop))
-                q = inputs.q[b, heads, rows].to(dtype) * before
+                q, k, v = inputs.q[b, heads, rows].to(dtype) * before, every_k[keys], every_v[keys]
                 scores, slope = q @ k.T * after, None
                 if w.softcap:
                     bent = torch.tanh(scores / w.softcap)
                     scores, slope = bent * w.softcap, 1 - bent.square()
-                p = torch.softmax(scores if mask is None else scores.masked_fill(~mask, float("-inf")), -1)
+                p = torch.softmax(scores if mask is None else scores.masked_fill(~mask[:, keys], float("-inf")), -1)
                 p = p.nan_to_num_(0.0) if w.blind_rows else p
-                yield Block((b, n, rows), q, k, v, dout[b, heads, rows].to(dtype), scores, p, slope)
+                yield Block((b, n, rows), keys, q, k, v, dout[b, heads, rows].to(dtype), scores, p, slope)
 
 
 def _room(w: Workload, inputs: Inputs, kv_heads: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +135,7 @@ def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tu
     dq, dk, dv = _room(w, inputs, kv_heads, torch.float64)
     squares = [torch.zeros_like(t[..., 0]) for t in (dq, dk, dv)]
     for x in _blocks(w, inputs, dout, kv_heads, torch.float64):
-        b, n, rows = x.where
+        (b, n, rows), keys = x.where, x.keys
         dp, products = x.dout @ x.v.T, x.dout * (x.p @ x.v)
         ds = x.p * (dp - products.sum(-1, keepdim=True))
         relative = times * score_error(w, x.scores) + 1 / 3
@@ -145,12 +149,12 @@ def _exact(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int]) -> tu
             in_ds = in_ds * slope.square() + ds.square() * (4 * (1 - slope).square() * (2 / 3) + slope.square() / 3)
         ds, in_ds = ds * slope * w.scale, in_ds * w.scale**2
         dq[b, n, :, rows] = ds @ x.k
-        dk[b, n] += ds.flatten(0, 1).T @ x.q.flatten(0, 1)
-        dv[b, n] += x.p.flatten(0, 1).T @ x.dout.flatten(0, 1)
+        dk[b, n, keys] += ds.flatten(0, 1).T @ x.q.flatten(0, 1)
+        dv[b, n, keys] += x.p.flatten(0, 1).T @ x.dout.flatten(0, 1)
         along_keys = (delta * ((x.p * slope * w.scale) @ x.k).square()).sum(-1)  # δ is one for the row: its errors do not cancel
         squares[0][b, n, :, rows] = in_ds @ x.k.square().sum(-1) + along_keys
-        squares[1][b, n] += (in_ds * x.q.square().sum(-1, keepdim=True)).sum((0, 1))
-        squares[2][b, n] += (x.p.square() * relative * x.dout.square().sum(-1, keepdim=True)).sum((0, 1))
+        squares[1][b, n, keys] += x.q.square().sum(-1).flatten() @ in_ds.flatten(0, 1)
+        squares[2][b, n, keys] += x.dout.square().sum(-1).flatten() @ (x.p.square() * relative).flatten(0, 1)
     return [dq.flatten(1, 2), dk, dv], [
         (square.flatten(1, 2) if n == 0 else square).sqrt() * u for n, square in enumerate(squares)
     ]
@@ -165,7 +169,7 @@ def _plain(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int], scale
     found = _room(w, inputs, kv_heads, torch.float32)  # matmuls add up in float32, so blocks do
     dq, dk, dv = found
     for x in _blocks(w, inputs, dout, kv_heads, w.dtype, scaled):
-        b, n, rows = x.where
+        (b, n, rows), keys = x.where, x.keys
         p, dp = x.p.float(), (x.dout @ x.v.T).float()
         fused = scaled == "inputs"
         delta = (x.dout.float() * (x.p @ x.v).float()) if fused else p * dp
@@ -173,7 +177,7 @@ def _plain(w: Workload, inputs: Inputs, dout: Tensor, kv_heads: list[int], scale
         ds = ds if x.slope is None else ds * x.slope
         ds, last = (ds, w.scale**0.5) if fused else (ds * w.scale, 1.0)
         dq[b, n, :, rows] = (ds @ x.k).float() * last
-        dk_heads, dv_heads = (t.mT @ y for t, y in ((ds, x.q), (x.p, x.dout)))  # [n, Skv, D]
-        dk[b, n] += dk_heads.float().sum(0) * last
-        dv[b, n] += dv_heads.float().sum(0)
+        dk_heads, dv_heads = (t.mT @ y for t, y in ((ds, x.q), (x.p, x.dout)))  # [n, s, D]
+        dk[b, n, keys] += dk_heads.float().sum(0) * last
+        dv[b, n, keys] += dv_heads.float().sum(0)
     return [dq.flatten(1, 2).to(w.dtype), dk.to(w.dtype), dv.to(w.dtype)]

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -45,25 +45,36 @@ class Closed:
         return f"wrong: {int(wrong.sum())} of {wrong.numel()} values, at {list(first)} {out[first]:.4g} for {right[first]:.4g}"
 
 
+@cache
+class Question:
+    """Plain inputs and an upstream gradient, and what is right: kept, for they are the same whoever is asked."""
+
+    def __init__(self, workload: Workload, device: str):
+        self.workload = workload
+        self.x, self.dout = plain(workload, device, 0), gradients.upstream(workload, device, 0)
+
+    @cached_property
+    def output(self) -> Tensor:
+        return attend(self.workload, self.x, None, torch.float64)
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        return [one.out for one in gradients.reference(self.workload, self.x, self.dout).values()]
+
+
 class Trial:
     """A case with inputs and an upstream gradient of its own, its kernel, and what is right."""
 
     def __init__(self, case: Case):
-        self.case, self.layout = case, case.implementation.layout
-        self.x, self.dout = plain(case.workload, case.device, 0), gradients.upstream(case.workload, case.device, 0)
-        self.native, self.native_dout = self.x.as_layout(self.layout), as_layout(self.dout, self.layout)
-        self.right = attend(case.workload, self.x, None, torch.float64)
+        self.case, self.layout, self.right = case, case.implementation.layout, Question(case.workload, case.device)
+        self.native, self.native_dout = self.right.x.as_layout(self.layout), as_layout(self.right.dout, self.layout)
         self.kernel = build(case, self.native).kernel
 
     def output(self) -> str:
         """What is off of its output, "" if nothing."""
         out = call(self.case, self.kernel, self.native)
         unit = CONFUSED if self.case.implementation.approximate else None
-        return _off([self.right], [as_bhsd(out, self.layout)], ["its output"], unit)
-
-    @cached_property
-    def right_gradients(self) -> list[Tensor]:
-        return [one.out for one in gradients.reference(self.case.workload, self.x, self.dout).values()]
+        return _off([self.right.output], [as_bhsd(out, self.layout)], ["its output"], unit)
 
     def gradients(self, dout: Tensor | None = None) -> Inputs | None:
         """dq, dk and dv, "bhsd"; None where it has none, or is approximate. dout: in its layout."""
@@ -84,7 +95,7 @@ class Trial:
             found = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], self.native_dout)
             if self.case.device == "cuda":
                 torch.cuda.synchronize()
-        right = [one for name, one in zip("qkv", self.right_gradients, strict=True) if name in wanted]
+        right = [one for name, one in zip("qkv", self.right.gradients, strict=True) if name in wanted]
         off = _off(right, [as_bhsd(one, self.layout) for one in found], [f"d{name}" for name in wanted])
         return off and f"{off} where only {' and '.join(wanted)} may have gradients"
 
@@ -108,7 +119,7 @@ def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
             found = trial.gradients()
             if found is None:
                 continue
-            if off := _off(trial.right_gradients, found):
+            if off := _off(trial.right.gradients, found):
                 return f"wrong: {off} with {w}"
             if not (asked and case.implementation.compiles) and (off := _of_some(trial)):
                 return f"wrong: {off} with {w}"
@@ -232,7 +243,7 @@ def _confused(one: Case, other: Case, gradients: bool) -> str:
         [trial.native_dout for trial in last],
     )
     for this, company, gradient in zip(last, both, found, strict=True):
-        if off := _off(this.right_gradients, gradient):
+        if off := _off(this.right.gradients, gradient):
             return f"{off} with {this.case.workload} where {company.case.workload} ran before its backward pass"
     return ""
 
