@@ -1,5 +1,6 @@
 """cuDNN's fused attention through its own graph API, forward and backward. https://github.com/NVIDIA/cudnn-frontend"""
 
+import inspect
 import math
 from typing import Any
 
@@ -48,6 +49,8 @@ class _Plans:
     def __init__(self, w: Workload):
         import cudnn
 
+        if "tensor_uids" not in inspect.signature(cudnn.pygraph.execute).parameters:
+            raise ImportError("needs nvidia-cudnn-frontend 1.32 or newer, whose execute takes tensor_uids")
         self.cudnn, self.w = cudnn, w
         self.stream: int | None = None
         self.dtype = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[w.dtype]
@@ -127,7 +130,7 @@ class _Plans:
             graph.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
         except (self.cudnn.cudnnGraphNotSupportedError, NotImplementedError) as error:
             raise Unsupported(f"cuDNN: {_reason(error)}") from None
-        size, uids = graph.get_workspace_size(), [node.get_uid() for node in (*given, *made.values())]
+        size, uids = graph.get_workspace_size(), tuple(node.get_uid() for node in (*given, *made.values()))
         # as torch's own generated code asks: `torch.cuda.current_stream` builds an object, for some 10 µs
         device, stream_of = torch.cuda.current_device(), torch._C._cuda_getCurrentRawStream
         execute, handle = graph.execute, self.handle
@@ -140,7 +143,7 @@ class _Plans:
             # made in the call, as SDPA's is: it is memory that the call holds, and no two streams share it. Of no bytes, it may
             # be anything.
             workspace = tensors[0].new_empty(size, dtype=torch.uint8) if size else tensors[0]
-            execute(dict(zip(uids, tensors, strict=True)), workspace, handle=handle)  # nodes as keys cost 8 µs
+            execute(tensors, workspace, handle=handle, tensor_uids=uids)  # a dict of them costs 6 µs more
 
         return run
 

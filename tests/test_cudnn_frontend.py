@@ -87,7 +87,8 @@ class Graph:
     def get_workspace_size(self):
         return self.workspace
 
-    def execute(self, tensors, workspace, handle):
+    def execute(self, tensor_dict, workspace, handle, tensor_uids):
+        tensors = dict(zip(tensor_uids, tensor_dict, strict=True))
         assert handle == self.handle
         assert self.fake.told.get(handle) == self.fake.stream
         made = [*filter(None, self.results)]
@@ -259,6 +260,13 @@ def test_a_cudnn_without_this_backward_pass_is_forward_only(monkeypatch, refuses
 @pytest.mark.parametrize(("text", "reason"), [("b1-h2-s64-d64-fp32", "fp16 and bf16"), ("b1-h2-s64-d64-cap50-bf16", "softcap")])
 def test_what_cudnn_cannot_do(text, reason):
     assert reason in unsupported("cudnn-frontend", text)
+
+
+def test_a_cudnn_frontend_that_is_too_old_is_broken(cudnn, monkeypatch):
+    monkeypatch.setattr(cudnn.pygraph, "execute", lambda _graph, _tensors, _workspace, _handle: None)
+    w = Workload.parse("b1-h2-s64-d64-bf16")
+    with pytest.raises(Broken, match=r"needs nvidia-cudnn-frontend 1\.32 or newer"):
+        build(Case(w, REGISTRY["cudnn-frontend"], "cpu"), plain(w, "cpu", 0))
 
 
 def test_a_cudnn_that_does_not_start_is_broken(cudnn):
