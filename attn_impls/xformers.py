@@ -18,6 +18,10 @@ register = functools.partial(
     attention, dist="xformers", layout="bshd", devices=("cuda",), install="pip install xformers nvidia-cuda-runtime-cu12"
 )
 
+# of one query that a block of cutlass' kernel takes for as many queries, where they share K and V (64, or 32 for head dims above
+# 128). The block of the next ones forgets how many there were before, and writes as many rows too many.
+HEADS_AT_ONCE = 32
+
 
 def _import_fmha():
     """xformers.ops.fmha, past two traps of its installation that would otherwise leave it broken."""
@@ -59,22 +63,23 @@ def _kernel(w: Workload, operator: str = ""):
     op = getattr(fmha, operator).FwOp if operator else None
     bias = _bias(w, fmha.attn_bias)
 
+    def attend(q, k, v):
+        return fmha.memory_efficient_attention(q, k, v, bias, scale=w.scale, op=op and (op, None))
+
     def grouped(q, k, v):  # [B, S, H, D] as [B, S, KV, group, D], K and V expanded, not copied
-        if w.group == 1:
-            return q, k, v
         return q.unflatten(2, (w.kv_heads, w.group)), *(t[:, :, :, None].expand(-1, -1, -1, w.group, -1) for t in (k, v))
 
-    def kernel(q, k, v):
-        out = fmha.memory_efficient_attention(*grouped(q, k, v), bias, scale=w.scale, op=op and (op, None))
-        return out.flatten(2, 3) if w.group > 1 else out
-
-    q, k, v = (torch.empty(w.shapes("bshd")[name], dtype=w.dtype) for name in "qkv")
+    kernel = attend if w.group == 1 else lambda q, k, v: attend(*grouped(q, k, v)).flatten(2, 3)
+    inputs = [torch.empty(w.shapes("bshd")[name], dtype=w.dtype) for name in "qkv"]
+    theirs = fmha.Inputs(*(inputs if w.group == 1 else grouped(*inputs)), bias)
     # what flash does not take, xFormers' own dispatch gives to cutlass
-    cutlass = operator == "cutlass" or not (operator or fmha.flash.FwOp.supports(fmha.Inputs(*grouped(q, k, v), bias)))
-    if w.blind_rows and cutlass:
+    cutlass = operator == "cutlass" or not (operator or fmha.flash.FwOp.supports(theirs))
+    if cutlass and w.blind_rows:
         raise Unsupported("xFormers' cutlass operator does not give 0 to queries that see no key (causal with q_len > kv_len)")
+    if cutlass and w.q_len == 1 and w.group > HEADS_AT_ONCE and not w.window:
+        raise Unsupported(f"xFormers' cutlass operator writes past its output where one query's {w.group} heads share K and V")
     try:
-        kernel(q, k, v)
+        kernel(*inputs)
     except (ValueError, NotImplementedError) as error:  # what xFormers raises for inputs no operator takes
         _, _, because = str(error).partition("because:")
         reasons = dict.fromkeys(line.strip() for line in because.splitlines() if line.startswith("    "))

@@ -1,11 +1,15 @@
-"""xFormers' two installation traps, on a stand-in that imports as the real one does."""
+"""xFormers' two installation traps, and what its operators are not asked, on stand-ins."""
 
 import sys
 import types
+from collections import namedtuple
 
 import pytest
+import torch
+from test_adapters import attention_over, judged, unsupported
 
 from attn_impls import xformers as adapter
+from attn_impls.registry import discover
 
 FMHA = """
 import importlib.util
@@ -47,3 +51,71 @@ def test_an_extension_that_did_not_load_is_loud(fake):
     fake(failure='RuntimeError("libcudart.so.12: cannot open shared object file")')
     with pytest.raises(ImportError, match=r"extension does not load: libcudart\.so\.12"):
         adapter._import_fmha()
+
+
+class Bias:
+    """The masks that the adapter makes, by the options that a workload would have."""
+
+    def __init__(self, **options):
+        self.options = options
+
+    @classmethod
+    def every(cls):
+        return types.SimpleNamespace(
+            LowerTriangularMask=lambda: cls(causal=True),
+            LowerTriangularFromBottomRightMask=lambda: cls(causal=True),
+            LowerTriangularFromBottomRightLocalAttentionMask=lambda window: cls(causal=True, window=window),
+        )
+
+
+def memory_efficient_attention(q, k, v, bias, scale, op):
+    if q.ndim == 5:
+        assert k.stride(3) == v.stride(3) == 0
+        q, k, v = q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0]
+    assert op is None or op == ("cutlass", None)
+    out = attention_over(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale, **(bias.options if bias else {}))
+    out = out.transpose(1, 2)
+    return out if q.shape[2] == k.shape[2] else out.unflatten(2, (k.shape[2], -1))
+
+
+@pytest.fixture
+def fmha(monkeypatch):
+    """One whose flash operator takes what flash-attn 2 takes."""
+    discover()
+    inputs = namedtuple("Inputs", "query key value attn_bias")
+    flash = types.SimpleNamespace(supports=lambda x: x.value.dtype != torch.float32 and x.query.shape[-1] == x.value.shape[-1])
+    module = types.SimpleNamespace(
+        Inputs=inputs,
+        attn_bias=Bias.every(),
+        flash=types.SimpleNamespace(FwOp=flash),
+        cutlass=types.SimpleNamespace(FwOp="cutlass"),
+        memory_efficient_attention=memory_efficient_attention,
+    )
+    monkeypatch.setattr(adapter, "_import_fmha", lambda: module)
+    return module
+
+
+BLIND, ONE_QUERY = "does not give 0 to queries that see no key", "writes past its output where one query's 40 heads share K and V"
+
+
+@pytest.mark.usefixtures("fmha")
+@pytest.mark.parametrize(
+    ("text", "by_flash", "by_cutlass"),
+    [
+        ("b2-h4kv2-q30kv70-d64-causal-win20-scale144-bf16", "", ""),
+        ("b1-h2-q70kv30-d64-causal-bf16", "", BLIND),
+        ("b1-h2-q70kv30-d64-causal-fp32", BLIND, BLIND),  # which flash does not take
+        ("b1-h2-q70kv30-d72v80-causal-bf16", BLIND, BLIND),
+        ("b1-h40kv1-q1kv30-d64-causal-bf16", "", ONE_QUERY),
+        ("b1-h80kv2-q1kv30-d64v32-bf16", ONE_QUERY, ONE_QUERY),
+        ("b1-h40kv1-q2kv30-d64-causal-bf16", "", ""),
+        ("b1-h40kv1-q1kv30-d64-causal-win9-bf16", "", ""),
+        ("b1-h32kv1-q1kv30-d64-causal-bf16", "", ""),
+    ],
+)
+def test_what_cutlass_gets_wrong_is_not_asked_of_it(text, by_flash, by_cutlass):
+    for name, reason in (("xformers", by_flash), ("xformers-cutlass", by_cutlass)):
+        if reason:
+            assert reason in unsupported(name, text)
+        else:
+            assert not judged(name, text).disqualified
