@@ -30,6 +30,7 @@ class Problem(Known):
     def build(self, case: Case) -> Built:
         """The case's kernel after its first call, on the plain inputs. Raises as `case.build` does, and if it changed them."""
         native = self.plain.as_layout(case.implementation.layout)
+        self.mark()
         built = build(case, native)
         self._unchanged(case, native, "call")
         return built
@@ -46,7 +47,7 @@ class Problem(Known):
         return found
 
     def _unchanged(self, case: Case, native: Inputs, what: str, complaint: str = "") -> None:
-        complaint = complaint or complaint_of(None, self.plain, native, case.implementation.layout)
+        complaint = complaint or self.damage() or complaint_of(None, self.plain, native, case.implementation.layout)
         if complaint:
             raise CaseFailed(f"{case.implementation.name} {complaint} in its first {what}")
 
@@ -74,9 +75,18 @@ class Problem(Known):
         """
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")
+        self.damage()  # by a case that raised before it could be told
+        return self._unless_damaged(self._of_gradients(case, kernel, first))
+
+    def _unless_damaged(self, verdict: Verdict) -> Verdict:
+        damage = self.damage()
+        return replace(verdict, complaint=damage) if damage else verdict
+
+    def _of_gradients(self, case: Case, kernel: Kernel, first: backward.Pass | None) -> Verdict:
         layout = case.implementation.layout
         natives = [inputs.as_layout(layout) for inputs in self.trained]
         douts = [as_layout(dout, layout) for dout in self.douts]
+        self.mark()
         layers = self._layers
         repeated: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # on the needles, on the plain inputs
         while len(repeated[1]) < (TINY_LAYERS if self._tiny else 2):
@@ -140,6 +150,10 @@ class Problem(Known):
         Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
         first: what its first call, on the plain inputs, put out, in its layout.
         """
+        self.damage()  # by a case that raised before it could be told
+        return self._unless_damaged(self._of_outputs(case, kernel, first))
+
+    def _of_outputs(self, case: Case, kernel: Kernel, first: torch.Tensor | None) -> Verdict:
         approximate, layout = case.implementation.approximate, case.implementation.layout
         errors, rms, drifts, apart, sdpa_errors = [], [], [], [], []
         sdpas = self._quiet_sdpa if approximate else self.sdpa
@@ -148,6 +162,7 @@ class Problem(Known):
             exact, known = self.exact(approximate)[n], self.known(approximate)[n]
             for there, values in zip(native, original, strict=True):
                 there.copy_(in_layout(values, layout))
+            self.mark()
             outs = []
             for turn in range(TINY_CALLS if self._tiny else 2):
                 poison(self.workload, self.device)

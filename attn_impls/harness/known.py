@@ -17,6 +17,7 @@ from .approximate import loosened
 from .case import Case, CaseFailed, DeviceLost, build, call
 from .complaints import complaint_of
 from .inputs import Inputs, as_layout
+from .intact import Marks
 from .oracle import Reference, reference
 
 
@@ -27,6 +28,20 @@ class Known:
         self.workload, self.device, self.seed = workload, device, seed
         self._natives: dict[str, Inputs] = {}
         self._classes: dict[bool | str, tuple[Reference, Reference]] = {}
+        self._marks = Marks()
+
+    def mark(self) -> None:
+        """Remember what all that is known by now looks like, before a kernel runs that may write where it should not."""
+        self._marks.add({name: vars(self)[name] for name in KEPT if name in vars(self)})
+
+    def damage(self) -> str:
+        """What has changed since it was marked, in words, "" if nothing. If so, all is made anew for whoever is next."""
+        if not (name := self._marks.broken()):
+            return ""
+        for kept in KEPT:
+            vars(self).pop(kept, None)
+        self._natives, self._classes, self._marks = {}, {}, Marks()
+        return f"wrote outside its tensors: the judge's own {name.strip('_')} changed"
 
     @cached_property
     def plain(self) -> Inputs:
@@ -130,8 +145,8 @@ class Known:
         return self._natives[layout]
 
     def changed(self, layout: str) -> str:
-        """What the calls in this layout have done to their inputs, "" if nothing."""
-        return complaint_of(None, self.plain, self.native(layout), layout)
+        """What the calls in this layout have done to their inputs, or to what is not theirs, "" if nothing."""
+        return self.damage() or complaint_of(None, self.plain, self.native(layout), layout)
 
     @contextmanager
     def handing_out(self, layout: str) -> Iterator[None]:
@@ -168,3 +183,6 @@ class Known:
             raise
         except (Unsupported, CaseFailed):
             return None
+
+
+KEPT = tuple(name for name, value in vars(Known).items() if isinstance(value, cached_property))
