@@ -18,10 +18,6 @@ register = functools.partial(
     attention, dist="xformers", layout="bshd", devices=("cuda",), install="pip install xformers nvidia-cuda-runtime-cu12"
 )
 
-# of one query that a block of cutlass' kernel takes for as many queries, where they share K and V (64, or 32 for head dims above
-# 128). The block of the next ones forgets how many there were before, and writes as many rows too many.
-HEADS_AT_ONCE = 32
-
 
 def _import_fmha():
     """xformers.ops.fmha, past two traps of its installation that would otherwise leave it broken."""
@@ -72,11 +68,11 @@ def _kernel(w: Workload, operator: str = ""):
     kernel = attend if w.group == 1 else lambda q, k, v: attend(*grouped(q, k, v)).flatten(2, 3)
     inputs = [torch.empty(w.shapes("bshd")[name], dtype=w.dtype) for name in "qkv"]
     theirs = fmha.Inputs(*(inputs if w.group == 1 else grouped(*inputs)), bias)
-    # what flash does not take, xFormers' own dispatch gives to cutlass
+    # what flash does not take, xFormers' own dispatch gives to cutlass (or, not told apart here, to Triton's split-K)
     cutlass = operator == "cutlass" or not (operator or fmha.flash.FwOp.supports(theirs))
     if cutlass and w.blind_rows:
         raise Unsupported("xFormers' cutlass operator does not give 0 to queries that see no key (causal with q_len > kv_len)")
-    if cutlass and w.q_len == 1 and w.group > HEADS_AT_ONCE and not w.window:
+    if cutlass and w.q_len == 1 and w.group > _heads_at_once(w) and not w.window:
         raise Unsupported(f"xFormers' cutlass operator writes past its output where one query's {w.group} heads share K and V")
     try:
         kernel(*inputs)
@@ -85,6 +81,13 @@ def _kernel(w: Workload, operator: str = ""):
         reasons = dict.fromkeys(line.strip() for line in because.splitlines() if line.startswith("    "))
         raise Unsupported(f"xFormers: {'; '.join(reasons) or error}") from None
     return kernel
+
+
+def _heads_at_once(w: Workload) -> int:
+    """How many heads of a single query, sharing K and V, cutlass' kernel takes for the queries of one block. Its second block
+    forgets that the first ones are done, and writes as many too many."""
+    largest = max(w.head_dim, w.v_head_dim)
+    return 64 if largest <= 64 or (largest <= 128 and torch.cuda.get_device_capability() >= (8, 0)) else 32
 
 
 def _bias(w: Workload, biases):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attn_impls import Workload
+from attn_impls.harness import probes, replies
 from attn_impls.harness.backward_steps import broken
 from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.intact import Marks
@@ -16,8 +17,17 @@ W = Workload.parse("b1-h4kv2-s33-d64-causal-bf16")
 right = broken()(W)
 
 
-def case_of(direction="forward"):
-    return Case(W, Implementation("mine", lambda _: right), "cpu", direction)
+def case_of(direction="forward", kernel=right, **options):
+    return Case(W, Implementation("mine", lambda _: kernel, **options), "cpu", direction)
+
+
+def next_one(problem, direction="forward"):
+    """What is said of a right kernel that comes next, as a session treats it."""
+    case = case_of(direction)
+    kernel, _, out = problem.build(case)
+    if direction == "forward":
+        return problem.judge(case, kernel, out).disqualified
+    return problem.judge_gradients(case, kernel, problem.first_pass(case, kernel)).disqualified
 
 
 def scribbling(holder, fails=False, on_call=2):
@@ -52,40 +62,69 @@ TRAINED = {
 def test_outputs(name):
     problem = Problem(W, "cpu", 0)
     verdict = problem.judge(case_of(), scribbling(lambda: HOLDERS[name](problem)))
-    assert verdict.failure == verdict.disqualified == f"wrote outside its tensors: the judge's own {name} changed"
-    assert not problem.judge(case_of(), right).disqualified
+    assert verdict.failure == verdict.disqualified == f"wrote outside its tensors: the judge's own changed ({name})"
+    assert not next_one(problem)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradients(name):
     problem = Problem(W, "cpu", 0)
     verdict = problem.judge_gradients(case_of("backward"), scribbling(lambda: TRAINED[name](problem)))
-    assert verdict.failure == f"wrote outside its tensors: the judge's own {name} changed"
-    assert not problem.judge_gradients(case_of("backward"), right).disqualified
+    assert verdict.failure == f"wrote outside its tensors: the judge's own changed ({name})"
+    assert not next_one(problem, "backward")
 
 
-def test_a_kernel_that_raises_too():
+@pytest.mark.parametrize("on_call", [1, 2, 3])
+def test_one_that_raises_leaves_nothing_to_the_next(on_call):
     problem = Problem(W, "cpu", 0)
+    assert not next_one(problem)
+    case = case_of(kernel=scribbling(lambda: problem.needles.k, fails=True, on_call=on_call))
     with pytest.raises(CaseFailed, match="boom"):
-        problem.judge(case_of(), scribbling(lambda: problem.needles.k, fails=True))
-    assert not problem.judge(case_of(), right).disqualified
+        problem.judge(case, problem.build(case).kernel)
+    assert not next_one(problem)
 
 
-def test_in_its_first_call():
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_in_its_first_call(direction):
     problem = Problem(W, "cpu", 0)
-    kernel = scribbling(lambda: problem.plain.k, on_call=1)
-    with pytest.raises(CaseFailed, match=r"mine wrote outside its tensors: the judge's own plain changed in its first call"):
-        problem.build(Case(W, Implementation("mine", lambda _: kernel), "cpu"))
-    assert not problem.judge(case_of(), right).disqualified
+    assert not next_one(problem, direction)
+    case = case_of(direction, kernel=scribbling(lambda: problem.plain.k, on_call=1 if direction == "forward" else 2))
+    words = r"mine wrote outside its tensors: the judge's own changed \(plain\) in its first (call|backward pass)"
+    with pytest.raises(CaseFailed, match=words):
+        problem.first_pass(case, problem.build(case).kernel)
+    assert not next_one(problem, direction)
 
 
 def test_while_it_is_timed():
     problem = Problem(W, "cpu", 0)
-    assert not problem.judge(case_of(), right).disqualified
-    call = problem.call(case_of(), scribbling(lambda: problem.needles.q, on_call=1))
-    call()
-    assert problem.changed("bhsd") == "wrote outside its tensors: the judge's own needles changed"
+    assert not next_one(problem)
+    problem.call(case_of(), scribbling(lambda: problem.needles.q, on_call=1))()
+    assert problem.changed("bhsd") == "wrote outside its tensors: the judge's own changed (needles)"
     assert problem.changed("bhsd") == ""
+    problem.native("bhsd").v[0] = 0
+    assert problem.changed("bshd") == "wrote outside its tensors: the judge's own changed (inputs, bhsd)"
+    assert problem.changed("bhsd") == ""
+
+
+def test_budgets_of_the_approximate():
+    problem = Problem(W, "cpu", 0)
+    case = case_of(approximate="int8")
+    assert not problem.judge(case, right).disqualified
+    verdict = problem.judge(case, scribbling(lambda: problem.known("int8")[0].budget))
+    assert verdict.failure == "wrote outside its tensors: the judge's own changed (budgets of int8)"
+    assert problem.remade == 1
+    assert not problem.judge(case, right).disqualified
+
+
+def test_answers_of_probes():
+    def scribbler(w):
+        replies.QUESTIONS.of(w, "cpu").dout.zero_()
+        return broken()(w)
+
+    first = probes.probe(Implementation("scribbler", scribbler, backward=False), "cpu")
+    assert first["layout"] == "wrong: wrote outside its tensors, on the answers of probes"
+    answers = probes.probe(Implementation("mine", lambda w: broken()(w)), "cpu")
+    assert {text.partition(":")[0] for text in answers.values()} <= {"ok", "unsupported"}
 
 
 def test_marks():

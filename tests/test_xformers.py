@@ -92,10 +92,11 @@ def fmha(monkeypatch):
         memory_efficient_attention=memory_efficient_attention,
     )
     monkeypatch.setattr(adapter, "_import_fmha", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return module
 
 
-BLIND, ONE_QUERY = "does not give 0 to queries that see no key", "writes past its output where one query's 40 heads share K and V"
+BLIND, ONE_QUERY = "does not give 0 to queries that see no key", "writes past its output where one query's 70 heads share K and V"
 
 
 @pytest.mark.usefixtures("fmha")
@@ -106,11 +107,13 @@ BLIND, ONE_QUERY = "does not give 0 to queries that see no key", "writes past it
         ("b1-h2-q70kv30-d64-causal-bf16", "", BLIND),
         ("b1-h2-q70kv30-d64-causal-fp32", BLIND, BLIND),  # which flash does not take
         ("b1-h2-q70kv30-d72v80-causal-bf16", BLIND, BLIND),
-        ("b1-h40kv1-q1kv30-d64-causal-bf16", "", ONE_QUERY),
-        ("b1-h80kv2-q1kv30-d64v32-bf16", ONE_QUERY, ONE_QUERY),
-        ("b1-h40kv1-q2kv30-d64-causal-bf16", "", ""),
-        ("b1-h40kv1-q1kv30-d64-causal-win9-bf16", "", ""),
-        ("b1-h32kv1-q1kv30-d64-causal-bf16", "", ""),
+        ("b1-h70kv1-q1kv30-d64-causal-bf16", "", ONE_QUERY),
+        ("b1-h140kv2-q1kv30-d128v32-bf16", ONE_QUERY, ONE_QUERY),
+        ("b1-h70kv1-q1kv30-d160-bf16", "", ONE_QUERY),
+        ("b1-h70kv1-q2kv30-d64-causal-bf16", "", ""),
+        ("b1-h70kv1-q1kv30-d64-causal-win9-bf16", "", ""),
+        ("b1-h64kv1-q1kv30-d128-causal-bf16", "", ""),
+        ("b1-h32kv1-q1kv30-d160-causal-bf16", "", ""),
     ],
 )
 def test_what_cutlass_gets_wrong_is_not_asked_of_it(text, by_flash, by_cutlass):
@@ -119,3 +122,17 @@ def test_what_cutlass_gets_wrong_is_not_asked_of_it(text, by_flash, by_cutlass):
             assert reason in unsupported(name, text)
         else:
             assert not judged(name, text).disqualified
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "most"), [(64, (7, 5), 64), (128, (8, 0), 64), (128, (7, 5), 32), (160, (9, 0), 32)]
+)
+@pytest.mark.usefixtures("fmha")
+def test_how_many_heads_of_one_query_cutlass_is_asked(monkeypatch, head_dim, capability, most):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for heads in (most, most + 1):
+        text = f"b1-h{heads}kv1-q1kv9-d{head_dim}-fp16"
+        if heads == most:
+            assert not judged("xformers-cutlass", text).disqualified
+        else:
+            assert f"one query's {heads} heads" in unsupported("xformers-cutlass", text)

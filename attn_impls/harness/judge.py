@@ -29,6 +29,7 @@ class Problem(Known):
 
     def build(self, case: Case) -> Built:
         """The case's kernel after its first call, on the plain inputs. Raises as `case.build` does, and if it changed them."""
+        self.mend()  # what a case left that raised
         native = self.plain.as_layout(case.implementation.layout)
         self.mark()
         built = build(case, native)
@@ -47,7 +48,7 @@ class Problem(Known):
         return found
 
     def _unchanged(self, case: Case, native: Inputs, what: str, complaint: str = "") -> None:
-        complaint = complaint or self.damage() or complaint_of(None, self.plain, native, case.implementation.layout)
+        complaint = self.mend() or complaint or complaint_of(None, self.plain, native, case.implementation.layout)
         if complaint:
             raise CaseFailed(f"{case.implementation.name} {complaint} in its first {what}")
 
@@ -75,17 +76,18 @@ class Problem(Known):
         """
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")
-        self.damage()  # by a case that raised before it could be told
+        self.mend()
         return self._unless_damaged(self._of_gradients(case, kernel, first))
 
     def _unless_damaged(self, verdict: Verdict) -> Verdict:
-        damage = self.damage()
+        damage = self.mend()
         return replace(verdict, complaint=damage) if damage else verdict
 
     def _of_gradients(self, case: Case, kernel: Kernel, first: backward.Pass | None) -> Verdict:
         layout = case.implementation.layout
         natives = [inputs.as_layout(layout) for inputs in self.trained]
         douts = [as_layout(dout, layout) for dout in self.douts]
+        right, right_gradients, sdpas = self.training_references, self.gradient_references, self.sdpa_gradients
         self.mark()
         layers = self._layers
         repeated: tuple[list[backward.Pass], list[backward.Pass]] = [], []  # on the needles, on the plain inputs
@@ -100,13 +102,12 @@ class Problem(Known):
             complaint = complaint_of(None, original, native, layout)
             if not complaint and not torch.equal(in_layout(self.douts[n], layout), douts[n]):
                 complaint = "changed dout, its upstream gradient"
-            verdict = self._training_output(self.training_references[n], repeated[n], complaint)
+            verdict = self._training_output(right[n], repeated[n], complaint)
             if verdict.failure:
                 return verdict
             for name in "qkv":
-                known, sdpa = self.gradient_references[n][name], self.sdpa_gradients and self.sdpa_gradients[n]
-                ours, theirs = [getattr(one.gradients, name) for one in repeated[n]], sdpa and getattr(sdpa, name)
-                found[name].append(self._gradient_verdict(name, known, ours, theirs))
+                ours, theirs = [getattr(one.gradients, name) for one in repeated[n]], sdpas and getattr(sdpas[n], name)
+                found[name].append(self._gradient_verdict(name, right_gradients[n][name], ours, theirs))
         verdict = worst_of(found)
         if first:
             verdict = with_first(verdict, "training pass", worst_row(first.out, first.out, self._plain_reference, "the output"))
@@ -150,7 +151,7 @@ class Problem(Known):
         Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
         first: what its first call, on the plain inputs, put out, in its layout.
         """
-        self.damage()  # by a case that raised before it could be told
+        self.mend()
         return self._unless_damaged(self._of_outputs(case, kernel, first))
 
     def _of_outputs(self, case: Case, kernel: Kernel, first: torch.Tensor | None) -> Verdict:

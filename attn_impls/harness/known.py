@@ -29,19 +29,23 @@ class Known:
         self._natives: dict[str, Inputs] = {}
         self._classes: dict[bool | str, tuple[Reference, Reference]] = {}
         self._marks = Marks()
+        self.remade = 0  # times: who keeps answers of this problem must ask anew
 
     def mark(self) -> None:
         """Remember what all that is known by now looks like, before a kernel runs that may write where it should not."""
-        self._marks.add({name: vars(self)[name] for name in KEPT if name in vars(self)})
+        known = {name: vars(self)[name] for name in KEPT if name in vars(self)}
+        self._marks.add(known | {f"budgets of {approximate}": known for approximate, known in self._classes.items()})
 
-    def damage(self) -> str:
+    def mend(self) -> str:
         """What has changed since it was marked, in words, "" if nothing. If so, all is made anew for whoever is next."""
-        if not (name := self._marks.broken()):
-            return ""
+        return self._remake(name) if (name := self._marks.broken()) else ""
+
+    def _remake(self, name: str) -> str:
         for kept in KEPT:
             vars(self).pop(kept, None)
         self._natives, self._classes, self._marks = {}, {}, Marks()
-        return f"wrote outside its tensors: the judge's own {name.strip('_')} changed"
+        self.remade += 1
+        return f"wrote outside its tensors: the judge's own changed ({name.replace('_', ' ').strip()})"
 
     @cached_property
     def plain(self) -> Inputs:
@@ -79,15 +83,15 @@ class Known:
 
     def judged(self, approximate: bool | str) -> tuple[Inputs, Inputs]:
         """The needles and the plain inputs. For the approximate the needles are quiet: they may hold V in float16."""
-        return (self._quiet if approximate else self.needles), self.plain
+        return (self._quiet_needles if approximate else self.needles), self.plain
 
     @cached_property
-    def _quiet(self) -> Inputs:
+    def _quiet_needles(self) -> Inputs:
         return make.needles(self.workload, self.device, self.seed + 1, quiet=True)
 
     @cached_property
     def _quiet_reference(self) -> Reference:
-        return self._of_needles(self._quiet)
+        return self._of_needles(self._quiet_needles)
 
     def exact(self, approximate: bool | str) -> tuple[Reference, Reference]:
         """The answers to what is judged, with the budgets of the workload's dtype."""
@@ -110,7 +114,7 @@ class Known:
 
     @cached_property
     def _quiet_sdpa(self) -> tuple[torch.Tensor, ...] | None:
-        return self._of_sdpa(self._quiet, self.plain)
+        return self._of_sdpa(self._quiet_needles, self.plain)
 
     def _of_sdpa(self, *inputs: Inputs) -> tuple[torch.Tensor, ...] | None:
         case = Case(self.workload, REGISTRY["sdpa"], self.device)
@@ -146,7 +150,12 @@ class Known:
 
     def changed(self, layout: str) -> str:
         """What the calls in this layout have done to their inputs, or to what is not theirs, "" if nothing."""
-        return self.damage() or complaint_of(None, self.plain, self.native(layout), layout)
+        if damage := self.mend():
+            return damage
+        if complaint := complaint_of(None, self.plain, self.native(layout), layout):
+            return complaint
+        others = (other for other, native in self._natives.items() if complaint_of(None, self.plain, native, other))
+        return self._remake(f"inputs, {other}") if (other := next(others, "")) else ""
 
     @contextmanager
     def handing_out(self, layout: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backward import Backward
 from .case import Case, CaseFailed, out_of_memory, validate
+from .intact import as_integers
 from .judge import Problem
 
 MOST_JUDGED = 10  # deviating rounds of a case; beyond that, only those that lie farther off than any judged before
@@ -94,13 +95,7 @@ class Outputs:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same: first eight bytes at a time, which takes less time, and less memory on a GPU."""
-    try:
-        if torch.equal(one.view(torch.int64), other.view(torch.int64)):
-            return True
-    except RuntimeError:  # rows that are no whole number of them, or not contiguous
-        pass
-    return torch.equal(one, other)  # zeros of either sign
+    return torch.equal(as_integers(one), as_integers(other)) or torch.equal(one, other)  # zeros of either sign
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..workload import Workload
 from . import backward, gradients
 from .case import Case, build, call, guard
 from .inputs import Inputs, as_layout, plain, transposed_in_memory
+from .intact import Marks
 from .oracle import attend
 
 APPROXIMATE = 0.05
@@ -45,9 +46,8 @@ class Closed:
         return f"wrong: {int(wrong.sum())} of {wrong.numel()} values, at {list(first)} {out[first]:.4g} for {right[first]:.4g}"
 
 
-@cache
 class Question:
-    """Plain inputs and an upstream gradient, and what is right: kept, for they are the same whoever is asked."""
+    """Plain inputs and an upstream gradient, and what is right of them."""
 
     def __init__(self, workload: Workload, device: str):
         self.workload = workload
@@ -62,19 +62,44 @@ class Question:
         return [one.out for one in gradients.reference(self.workload, self.x, self.dout).values()]
 
 
+class Questions:
+    """What was asked so far, kept: it is the same whoever is asked."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[Workload, str], Question] = {}
+        self._marks = Marks()
+
+    def of(self, workload: Workload, device: str) -> Question:
+        if (workload, device) not in self._asked:
+            self._asked[workload, device] = Question(workload, device)
+        found = self._asked[workload, device]
+        self._marks.add({f"{workload} {device} {name}": value for name, value in vars(found).items()})
+        return found
+
+    def mend(self) -> bool:
+        """Whether somebody wrote on them, who should not have. Then all are made anew."""
+        damaged = bool(self._marks.broken())
+        if damaged:
+            self._asked, self._marks = {}, Marks()
+        return damaged
+
+
+QUESTIONS = Questions()
+
+
 class Trial:
     """A case with inputs and an upstream gradient of its own, its kernel, and what is right."""
 
     def __init__(self, case: Case):
-        self.case, self.layout, self.right = case, case.implementation.layout, Question(case.workload, case.device)
-        self.native, self.native_dout = self.right.x.as_layout(self.layout), as_layout(self.right.dout, self.layout)
+        self.case, self.layout, self.question = case, case.implementation.layout, QUESTIONS.of(case.workload, case.device)
+        self.native, self.native_dout = self.question.x.as_layout(self.layout), as_layout(self.question.dout, self.layout)
         self.kernel = build(case, self.native).kernel
 
     def output(self) -> str:
         """What is off of its output, "" if nothing."""
         out = call(self.case, self.kernel, self.native)
         unit = CONFUSED if self.case.implementation.approximate else None
-        return _off([self.right.output], [as_bhsd(out, self.layout)], ["its output"], unit)
+        return _off([self.question.output], [as_bhsd(out, self.layout)], ["its output"], unit)
 
     def gradients(self, dout: Tensor | None = None) -> Inputs | None:
         """dq, dk and dv, "bhsd"; None where it has none, or is approximate. dout: in its layout."""
@@ -95,7 +120,7 @@ class Trial:
             found = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], self.native_dout)
             if self.case.device == "cuda":
                 torch.cuda.synchronize()
-        right = [one for name, one in zip("qkv", self.right.gradients, strict=True) if name in wanted]
+        right = [one for name, one in zip("qkv", self.question.gradients, strict=True) if name in wanted]
         off = _off(right, [as_bhsd(one, self.layout) for one in found], [f"d{name}" for name in wanted])
         return off and f"{off} where only {' and '.join(wanted)} may have gradients"
 
@@ -119,7 +144,7 @@ def of_training(workloads: Sequence[Workload]) -> Callable[[Case], str]:
             found = trial.gradients()
             if found is None:
                 continue
-            if off := _off(trial.right.gradients, found):
+            if off := _off(trial.question.gradients, found):
                 return f"wrong: {off} with {w}"
             if not (asked and case.implementation.compiles) and (off := _of_some(trial)):
                 return f"wrong: {off} with {w}"
@@ -243,7 +268,7 @@ def _confused(one: Case, other: Case, gradients: bool) -> str:
         [trial.native_dout for trial in last],
     )
     for this, company, gradient in zip(last, both, found, strict=True):
-        if off := _off(this.right.gradients, gradient):
+        if off := _off(this.question.gradients, gradient):
             return f"{off} with {this.case.workload} where {company.case.workload} ran before its backward pass"
     return ""
 

@@ -25,7 +25,7 @@ class Spreads:
     def __init__(self, session: Any):
         self.session = session
         self.results: list[dict[str, Any]] = []  # pytest-benchmark's dict of each finished case
-        self._answers: tuple[Problem | None, dict[Any, Any]] = (None, {})
+        self._answers: tuple[tuple[Problem, int] | None, dict[Any, Any]] = (None, {})
         self._same_inputs: set[Workload] = set()
         self._alone_missing = ""  # why one rank cannot do the whole problem of the case at hand
         self._probe: makespan.Probe | None = None
@@ -43,8 +43,9 @@ class Spreads:
 
     def trial(self, case: Case, form: Form, problem: Problem, alone: bool = True) -> Trial:
         """A form of a case, planned. alone: with the whole problem's kernel, where one rank can do it."""
-        if self._answers[0] is not problem:
-            self._answers = (problem, {})
+        problem.mend()  # what the case before wrote on
+        if self._answers[0] != (problem, problem.remade):
+            self._answers = (problem, problem.remade), {}
         plan = self.plan(case, form, problem)
         whole = self._whole_kernel(case, problem) if alone else None
         return Trial(self.ranks, case, form, problem, plan, whole, self._answers[1])
