@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attn_impls import Workload
-from attn_impls.harness import probes, replies
+from attn_impls.harness import probes, trial
 from attn_impls.harness.backward_steps import broken
 from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.intact import Marks
@@ -118,7 +118,7 @@ def test_budgets_of_the_approximate():
 
 def test_answers_of_probes():
     def scribbler(w):
-        replies.QUESTIONS.of(w, "cpu").dout.zero_()
+        trial.QUESTIONS.of(w, "cpu").dout.zero_()
         return broken()(w)
 
     first = probes.probe(Implementation("scribbler", scribbler, backward=False), "cpu")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ..registry import Implementation, Unsupported
 from ..workload import Workload
 from .case import Broken, Case, CaseFailed, DeviceLost
-from .replies import QUESTIONS, Closed, averages, beside_another, copies, heads, of_a_view, of_training, one_score
+from .replies import Closed, averages, beside_another, copies, heads, of_a_view, of_training, one_score
+from .trial import QUESTIONS
 
 TOO_SLOW = 20.0  # seconds that building a case may take before its implementation is asked nothing: a probe compiles as long
 SLOW = 0.3  # seconds that an answer may take, building included, before what compiles is asked no more in a hurry
