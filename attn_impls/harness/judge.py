@@ -29,7 +29,7 @@ class Problem(Known):
 
     def build(self, case: Case) -> Built:
         """The case's kernel after its first call, on the plain inputs. Raises as `case.build` does, and if it changed them."""
-        self.mend()  # what a case left that raised
+        self.mend()  # what somebody wrote on who raised, or answered probes
         native = self.plain.as_layout(case.implementation.layout)
         self.mark()
         built = build(case, native)
@@ -48,9 +48,9 @@ class Problem(Known):
         return found
 
     def _unchanged(self, case: Case, native: Inputs, what: str, complaint: str = "") -> None:
-        complaint = self.mend() or complaint or complaint_of(None, self.plain, native, case.implementation.layout)
+        complaint = complaint or complaint_of(None, self.plain, native, case.implementation.layout)
         if complaint:
-            raise CaseFailed(f"{case.implementation.name} {complaint} in its first {what}")
+            raise CaseFailed(f"{case.implementation.name} {self.mend() or complaint} in its first {what}")
 
     @property
     def _pairs(self) -> int:
@@ -76,7 +76,6 @@ class Problem(Known):
         """
         if case.implementation.approximate:
             raise Unsupported("gradients of approximate kernels have no budget")
-        self.mend()
         return self._unless_damaged(self._of_gradients(case, kernel, first))
 
     def _unless_damaged(self, verdict: Verdict) -> Verdict:
@@ -151,7 +150,6 @@ class Problem(Known):
         Both inputs lie in the same tensors, one after the other: nothing of the first may be kept for the second.
         first: what its first call, on the plain inputs, put out, in its layout.
         """
-        self.mend()
         return self._unless_damaged(self._of_outputs(case, kernel, first))
 
     def _of_outputs(self, case: Case, kernel: Kernel, first: torch.Tensor | None) -> Verdict:
