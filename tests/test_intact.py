@@ -1,5 +1,7 @@
 """Kernels that write where they should not: they are blamed, and not who comes after them."""
 
+import types
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from attn_impls.harness.backward_steps import broken
 from attn_impls.harness.case import Case, CaseFailed
 from attn_impls.harness.intact import Marks
 from attn_impls.harness.judge import Problem
+from attn_impls.harness.spread import Spreads
 from attn_impls.registry import Implementation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +117,21 @@ def test_budgets_of_the_approximate():
     assert verdict.failure == "wrote outside its tensors: the judge's own changed (budgets of int8)"
     assert problem.remade == 1
     assert not problem.judge(case, right).disqualified
+
+
+def test_ranks_keep_no_answers_of_what_was_damaged(monkeypatch):
+    problem, spreads = Problem(W, "cpu", 0), Spreads(types.SimpleNamespace(ranks="ranks"))
+    monkeypatch.setattr(spreads, "plan", lambda *_: None)
+
+    def answers():
+        return spreads.trial(case_of(), None, problem, alone=False).answers
+
+    answers()["gradients"] = problem.plain
+    problem.mark()
+    assert "gradients" in answers()
+    problem.plain.q[0] = 0
+    assert answers() == {}
+    assert problem.plain.q[0].any()
 
 
 def test_answers_of_probes():

@@ -77,7 +77,15 @@ def one_nan(out):
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("kernel", [lambda q, k, v, _: right(q, k, v), unrepeatable], ids=["repeats itself", "does not"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        lambda q, k, v, _: right(q, k, v),
+        unrepeatable,
+        spoilt(lambda n: n % 2, spoil=lambda out: out.mT.contiguous().mT),
+    ],
+    ids=["repeats itself", "does not", "in other memory"],
+)
 def test_a_right_kernel_passes(problem, kernel, layout):
     assert failure_of(problem, kernel, layout=layout) == ""
 

@@ -47,7 +47,7 @@ def _tensors(holder: Any) -> Iterator[Tensor]:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """Its bits, eight bytes at a time where they fit: a sum or comparison of them takes less time, and no copy on a GPU."""
+    """Its bits, eight bytes at a time where they fit: a sum or comparison of them takes less time and memory."""
     try:
         return tensor.view(torch.int64)
     except RuntimeError:  # rows that are no whole number of them, or not contiguous

@@ -33,8 +33,8 @@ class Known:
 
     def mark(self) -> None:
         """Remember what all that is known by now looks like, before a kernel runs that may write where it should not."""
-        known = {name: vars(self)[name] for name in KEPT if name in vars(self)}
-        self._marks.add(known | {f"budgets of {approximate}": known for approximate, known in self._classes.items()})
+        made = {name: vars(self)[name] for name in KEPT if name in vars(self)}
+        self._marks.add(made | {f"budgets of {name}": loosened for name, loosened in self._classes.items()})
 
     def mend(self) -> str:
         """What has changed since it was marked, in words, "" if nothing. If so, all is made anew for whoever is next."""

@@ -95,7 +95,9 @@ class Outputs:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(as_integers(one), as_integers(other)) or torch.equal(one, other)  # zeros of either sign
+    """Whether two tensors are the same, in whatever memory: by their bits first."""
+    bits, others = as_integers(one), as_integers(other)
+    return (bits.dtype == others.dtype and torch.equal(bits, others)) or torch.equal(one, other)  # zeros of either sign
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
